@@ -1,0 +1,388 @@
+"""The verbs of the library: scan and purify."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from bezoar.core.errors import DataError, SettingError
+from bezoar.core.evidence import Scan
+from bezoar.core.method import Purifier
+from bezoar.core.pictures import png, stamp_picture
+from bezoar.core.registry import find, method_name
+from bezoar.core.results import Cleaning, Example, LayerChange, Report, TriggerFacts, Verdict, write_atomic
+from bezoar.core.run import Progress
+from bezoar.core.run import Report as Told
+from bezoar.core.surgery import frozen, logits
+from bezoar.core.trigger import MaskedTrigger
+from bezoar.io.models import save_model
+from bezoar.io.containers import sha256
+from bezoar.ops.verdict import Judgement, judge
+from bezoar.report.html import render
+from bezoar.report.sarif import to_sarif
+from bezoar.scanners.neural_cleanse import NeuralCleanse
+from bezoar.options import ModelOptions, RunOptions
+from bezoar.session import Session, open_session
+
+_RUNNERS_UP = 4
+_EXAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a scan found.
+
+    Attributes:
+        report: All of it, as plain values.
+        triggers: Inverted trigger of each label, of the first seed that looked at it.
+    """
+
+    report: Report
+    triggers: dict[int, MaskedTrigger]
+
+    @property
+    def verdict(self) -> Verdict:
+        """``clean``, ``backdoored`` or ``inconclusive``."""
+        assert self.report.verdict is not None
+        return self.report.verdict
+
+    @property
+    def target(self) -> int | None:
+        """The attacker's label, or None."""
+        return self.report.target
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``report.json``, ``report.html``, ``report.sarif`` and ``triggers.safetensors``.
+
+        Returns:
+            The HTML report.
+        """
+        folder = Path(folder)
+        tensors = {}
+        for label, trigger in self.triggers.items():
+            tensors[f"{label}.mask"] = trigger.mask.contiguous()
+            tensors[f"{label}.pattern"] = trigger.pattern.contiguous()
+        write_atomic(folder / "triggers.safetensors", save(tensors))
+        return save_report(self.report, folder)
+
+
+def load_result(folder: str | Path) -> Result:
+    """Read back what :meth:`Result.save` wrote.
+
+    Raises:
+        DataError: The folder does not hold a scan.
+    """
+    folder = Path(folder)
+    try:
+        report = Report.from_json((folder / "report.json").read_text(encoding="utf-8"))
+        tensors = load((folder / "triggers.safetensors").read_bytes())
+        labels = sorted({int(name.partition(".")[0]) for name in tensors})
+        triggers = {n: MaskedTrigger(tensors[f"{n}.mask"], tensors[f"{n}.pattern"]) for n in labels}
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise DataError(f"{folder} does not hold a scan: {error}", "Give the folder of bezoar scan --out") from None
+    if report.verdict is None or not triggers:
+        raise DataError(f"{folder} does not hold a scan", "Give the folder of bezoar scan --out")
+    return Result(report, triggers)
+
+
+def save_report(report: Report, folder: Path) -> Path:
+    """Write ``report.json``, ``report.sarif`` and ``report.html``; give the path of the last."""
+    write_atomic(folder / "report.json", report.to_json())
+    write_atomic(folder / "report.sarif", to_sarif(report))
+    write_atomic(folder / "report.html", render(report))
+    return folder / "report.html"
+
+
+def scan(
+    model: str | Path | nn.Module,
+    data: Any,
+    *,
+    method: NeuralCleanse | None = None,
+    model_options: ModelOptions | None = None,
+    options: RunOptions | None = None,
+    report: Told | None = None,
+    **settings: Any,
+) -> Result:
+    """Is this model backdoored, and for which label?
+
+    The model comes back as it was.
+
+    Args:
+        model: Any module that maps ``(B, C, H, W)`` to ``(B, K)`` logits, or the path of a model file or folder.
+        data: Clean images with labels: a path, ``(x, y)`` arrays or tensors, a ``Dataset`` or a ``DataLoader``. Pixels
+            are raw: uint8, or float in [0, 1] before any normalisation.
+        method: The scanner with its settings.
+        model_options: How to read the model.
+        options: Clean images, seed, budget, device.
+        report: Told of progress: phase, steps done, steps in all, a note.
+        **settings: Fields of the three by name, such as ``arch``, ``mean``, ``seeds``, ``budget`` or ``threads``.
+
+    Raises:
+        BezoarError: Model, data or settings cannot be used; the message says what to do.
+    """
+    method, model_options, options = _settings(
+        settings, method or NeuralCleanse(), model_options or ModelOptions(), options or RunOptions()
+    )
+    with open_session(model, data, model_options, options, report) as session:
+        return _scan(session, method)
+
+
+def purify(
+    model: str | Path | nn.Module,
+    data: Any,
+    *,
+    method: Purifier | str = "unlearn",
+    found: Result | None = None,
+    label: int | None = None,
+    out: str | Path | None = None,
+    model_options: ModelOptions | None = None,
+    options: RunOptions | None = None,
+    report: Told | None = None,
+    **settings: Any,
+) -> tuple[nn.Module, Report]:
+    """Give back a clean model.
+
+    A method that needs a trigger scans first. The caller's model comes back as it was.
+
+    Args:
+        model: See :func:`scan`.
+        data: See :func:`scan`.
+        method: A purifier with its settings, or its name.
+        found: Result of an earlier scan, so that none is needed.
+        label: Unlearn the inverted trigger of this label, whatever the verdict.
+        out: Folder to write the cleaned model to, in the format that was read; the report goes beside it.
+        model_options: See :func:`scan`.
+        options: See :func:`scan`.
+        report: See :func:`scan`.
+        **settings: Fields of ``model_options`` and ``options`` by name, and of the scanner.
+
+    Returns:
+        The new module, and the report, whose ``cleaning`` says what changed.
+
+    Raises:
+        BezoarError: Model, data or settings cannot be used, or there is no trigger to unlearn.
+    """
+    purifier = find("purifiers", method)() if isinstance(method, str) else method
+    scanner, model_options, options = _settings(
+        settings, NeuralCleanse(), model_options or ModelOptions(), options or RunOptions()
+    )
+    with open_session(model, data, model_options, options, report) as session:
+        if found is not None and found.report.model.sha256 != session.suspect.facts.sha256:
+            raise SettingError("the scan is of another model: the hashes differ", "Scan this model first")
+        triggers: dict[int, MaskedTrigger] = {}
+        warnings: tuple[str, ...] = ()
+        if purifier.needs_triggers:
+            if found is None:
+                found = _scan(session, scanner)
+            triggers, warnings = _triggers_to_unlearn(found, label)
+        cleaned, cleaning = _purify(session, purifier, triggers, None if out is None else Path(out))
+        whole = _purified_report(session, found, cleaning, warnings)
+    if out is not None:
+        write_atomic(Path(out) / "changes.json", _changes(cleaning))
+        if found is None:
+            save_report(whole, Path(out))
+        else:
+            Result(whole, found.triggers).save(out)
+    return cleaned, whole
+
+
+def _settings(given: dict[str, Any], *parts: Any) -> list[Any]:
+    """Put each setting into the dataclass that has a field of its name."""
+    made = []
+    left = dict(given)
+    for part in parts:
+        own = {f.name: left.pop(f.name) for f in dataclasses.fields(part) if f.name in left}
+        made.append(dataclasses.replace(part, **own))
+    if left:
+        known = sorted({f.name for part in parts for f in dataclasses.fields(part)})
+        raise SettingError(f"unknown setting {next(iter(left))!r}", f"There are: {', '.join(known)}")
+    return made
+
+
+def _scan(session: Session, method: NeuralCleanse) -> Result:
+    folder = session.checkpoints(method)
+    told = session.run.progress.report
+    session.run.progress = Progress(report=told, folder=folder, seeds=method.seeds)
+    with session.phase("scan"):
+        evidence = method(session.suspect.module, session.clean, session.run)
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    names = session.data.facts.names
+    judgement = judge(evidence, names)
+    with session.phase("report"):
+        pictures = _pictures(session, evidence, judgement)
+    report = Report(
+        verdict=judgement.verdict,
+        target=judgement.target,
+        summary="",
+        model=session.suspect.facts,
+        data=session.data.facts,
+        preflight=session.preflight,
+        method=method_name(type(method)),
+        config=method.config() | {"seed": session.options.seed, "held_out": session.options.held_out},
+        rule=judgement.rule,
+        labels=judgement.labels,
+        seeds=judgement.seeds,
+        triggers=pictures,
+        warnings=session.warnings,
+        run=session.facts(),
+    )
+    first: dict[int, MaskedTrigger] = {}
+    for seed in evidence.seeds:
+        first = {label: s.trigger for label, s in seed.labels.items()} | first
+    return Result(report, first)
+
+
+def _pictures(session: Session, evidence: Scan, judgement: Judgement) -> tuple[TriggerFacts, ...]:
+    """The leading label's trigger with examples, and those of the runner-up labels."""
+    ranked = sorted(judgement.labels, key=lambda row: (row.status == "eliminated", row.size))
+    order = [judgement.leader] + [row.label for row in ranked if row.label != judgement.leader]
+    out = []
+    for place, label in enumerate(order[: 1 + _RUNNERS_UP]):
+        seed = next(s for s in evidence.seeds if label in s.labels)
+        found = seed.labels[label]
+        trigger = found.trigger
+        out.append(
+            TriggerFacts(
+                label=label,
+                name=next(row.name for row in judgement.labels if row.label == label),
+                seed=seed.seed,
+                size=found.size,
+                fraction=found.size / evidence.pixels,
+                asr=found.asr,
+                mask=png(trigger.mask),
+                pattern=png(trigger.pattern),
+                stamp=stamp_picture(trigger.mask, trigger.pattern),
+                examples=_examples(session, trigger, label) if place == 0 else (),
+            )
+        )
+    return tuple(out)
+
+
+@torch.no_grad()
+def _examples(session: Session, trigger: MaskedTrigger, label: int) -> tuple[Example, ...]:
+    clean, model = session.clean, session.suspect.module
+    rows = torch.nonzero(clean.held_y != label).flatten()
+    rows = rows[torch.linspace(0, len(rows) - 1, min(_EXAMPLES, len(rows))).long()] if len(rows) else rows
+    if not len(rows):
+        return ()
+    x = clean.held_x[rows]
+    stamped = trigger(x)
+    with frozen(model):
+        before, after = (logits(model, images.to(session.run.device)).argmax(1).tolist() for images in (x, stamped))
+    return tuple(
+        Example(original=png(x[i]), stamped=png(stamped[i]), true=int(clean.held_y[r]), before=before[i], after=after[i])
+        for i, r in enumerate(rows.tolist())
+    )
+
+
+def _triggers_to_unlearn(found: Result, label: int | None) -> tuple[dict[int, MaskedTrigger], tuple[str, ...]]:
+    if label is not None:
+        if label not in found.triggers:
+            raise SettingError(f"the scan has no trigger of label {label}", f"There are: {sorted(found.triggers)}")
+        return {label: found.triggers[label]}, ()
+    if found.target is not None:
+        return {found.target: found.triggers[found.target]}, ()
+    if found.verdict == "clean":
+        raise SettingError(
+            "the scan found no backdoor, so there is no trigger to unlearn",
+            "Use --label N to unlearn the trigger of a label all the same, or --method finetune",
+        )
+    leader = found.report.triggers[0].label
+    warning = f"the scan was inconclusive: the trigger of its smallest label, {leader}, was unlearned"
+    return {leader: found.triggers[leader]}, (warning,)
+
+
+def _purify(
+    session: Session, purifier: Purifier, triggers: dict[int, MaskedTrigger], out: Path | None
+) -> tuple[nn.Module, Cleaning]:
+    suspect, clean = session.suspect, session.clean
+    # Copied together, so that the network inside the new module is the very one that is written back.
+    module, network = copy.deepcopy((suspect.module, suspect.network))
+    before = {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
+    with session.phase("clean"):
+        purifier(module, clean, session.run, triggers)
+    label, trigger = next(iter(triggers.items()), (None, None))
+    acc = [_accuracy(m, clean.held_x, clean.held_y, session) for m in (suspect.module, module)]
+    asr = [_success(m, trigger, label, session) for m in (suspect.module, module)]
+    module.cpu()
+    written = None if out is None else save_model(suspect, network, out)
+    cleaning = Cleaning(
+        method=method_name(type(purifier)),
+        config=purifier.config(),
+        target=label,
+        acc_before=acc[0],
+        acc_after=acc[1],
+        asr_before=asr[0],
+        asr_after=asr[1],
+        held_out=len(clean.held_x),
+        output="" if written is None else str(written),
+        sha256="" if written is None or not written.is_file() else sha256(written),
+        layers=_layer_changes(before, network.state_dict()),
+    )
+    return module, cleaning
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, x: Tensor, y: Tensor, session: Session) -> float:
+    with frozen(model):
+        hits = [
+            logits(model, part.to(session.run.device)).argmax(1).cpu() == truth
+            for part, truth in zip(x.split(256), y.split(256), strict=True)
+        ]
+    return float(torch.cat(hits).float().mean())
+
+
+def _success(model: nn.Module, trigger: MaskedTrigger | None, label: int | None, session: Session) -> float | None:
+    if trigger is None or label is None:
+        return None
+    x = session.clean.held_x[session.clean.held_y != label]
+    return _accuracy(model, trigger(x), torch.full((len(x),), label), session)
+
+
+def _layer_changes(before: dict[str, Tensor], after: dict[str, Tensor]) -> tuple[LayerChange, ...]:
+    rows = []
+    for name, old in before.items():
+        if not old.is_floating_point():
+            continue
+        difference = (after[name].detach().cpu() - old).norm()
+        rows.append(LayerChange(name=name, relative=float(difference / old.norm().clamp(min=1e-12))))
+    return tuple(sorted(rows, key=lambda row: -row.relative))
+
+
+def _purified_report(
+    session: Session, found: Result | None, cleaning: Cleaning, warnings: Sequence[str]
+) -> Report:
+    if found is not None:
+        same_run = found.report.run.seconds | session.seconds
+        run = dataclasses.replace(session.facts(), seconds=same_run, image_gradients=found.report.run.image_gradients)
+        kept = (*found.report.warnings, *warnings)
+        return dataclasses.replace(found.report, cleaning=cleaning, warnings=kept, run=run)
+    return Report(
+        verdict=None,
+        target=None,
+        summary="",
+        model=session.suspect.facts,
+        data=session.data.facts,
+        preflight=session.preflight,
+        method=cleaning.method,
+        config=cleaning.config | {"seed": session.options.seed, "held_out": session.options.held_out},
+        cleaning=cleaning,
+        warnings=(*session.warnings, *warnings),
+        run=session.facts(),
+    )
+
+
+def _changes(cleaning: Cleaning) -> str:
+    return json.dumps(dataclasses.asdict(cleaning), indent=1) + "\n"

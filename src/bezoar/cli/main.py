@@ -1,0 +1,240 @@
+"""``bezoar``: the commands. Flags, words and exit codes; all work is done by the library.
+
+Exit codes: 0 clean or done, 1 backdoored, 2 bad input or usage, 3 inconclusive, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from bezoar.cli import _output
+from bezoar.core.errors import BezoarError, SettingError
+from bezoar.version import __version__
+
+_HELP = """Find, remove and prevent backdoors in neural networks.
+
+A backdoored model behaves normally until an input carries the attacker's trigger. Give bezoar a model and a few clean
+images: it says whether the model is backdoored and for which label, shows the trigger, and gives back a clean model.
+
+    bezoar demo                                              see it work, in a minute or two
+    bezoar scan model.pth --arch resnet-18 --data images/ --out scan/
+    bezoar purify model.pth --arch resnet-18 --data images/ --out cleaned/
+
+Exit codes: 0 clean or done, 1 backdoored, 2 bad input or usage, 3 inconclusive.
+"""
+
+app = App(name="bezoar", help=_HELP, version=__version__, help_format="plaintext", help_on_error=False)
+
+Flat = Parameter(name="*")
+
+
+@app.command
+def scan(
+    model: str,
+    /,
+    *,
+    data: str,
+    out: Path | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+    sarif: Annotated[bool, Parameter(negative="")] = False,
+    mode: Literal["fast", "reference"] = "fast",
+    seeds: int = 3,
+    labels: str = "",
+    budget: str = "",
+    model_flags: Annotated[_output.ModelFlags, Flat] = _output.ModelFlags(),
+    flags: Annotated[_output.RunFlags, Flat] = _output.RunFlags(),
+    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
+    quiet: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Is this model backdoored, and for which label?
+
+    For instance:
+
+        bezoar scan student.pth.tar --arch wrn-16-1 --data clean.npz --out scan/
+        bezoar scan resnet/ --data images/ --budget 2m --json
+        bezoar scan net.pth --arch mynet.py:make --data images/ --mean 0.5 --std 0.5 --size 64
+
+    A killed scan goes on where it stopped when the same command is given again.
+
+    Args:
+        model: Model file or folder: a state dict with --arch, a Hugging Face or timm folder, an ONNX file.
+        data: Clean images with labels: a folder with one folder per class, an .npz with x and y, Parquet.
+        out: Folder for report.html, report.json, report.sarif and the triggers.
+        json: Print the whole report as JSON instead of the summary.
+        sarif: Print the report as SARIF instead of the summary.
+        mode: fast, or the paper's own procedure, label by label (hours on a CPU).
+        seeds: Seeds to scan with; they must agree for a verdict.
+        labels: Labels to look at, such as 3,7,10-14; all by default.
+        budget: Time allowed, such as 90s, 2m or 1h; the answer is then the best so far.
+        set_: A setting of the method, such as --set steps=200.
+        quiet: No progress and no summary; the exit code tells.
+    """
+    from bezoar import api
+
+    if json and sarif:
+        raise SettingError("--json and --sarif exclude each other", "Use --out DIR to get both as files")
+    _output.check_folder(out)
+    settings = {"mode": mode, "seeds": seeds, "labels": _output.label_list(labels)}
+    method = _output.method_from("scanners", "neural-cleanse", settings, set_)
+    with _output.progress(quiet) as report:
+        result = api.scan(
+            model,
+            data,
+            method=method,
+            model_options=model_flags.make(),
+            options=flags.make(budget),
+            report=report,
+        )
+    saved = None if out is None else result.save(out)
+    _output.show(result.report, saved, json=json, sarif=sarif, quiet=quiet)
+    return _output.EXIT_CODES[result.verdict]
+
+
+@app.command
+def purify(
+    model: str,
+    /,
+    *,
+    data: str,
+    out: Path,
+    method: str = "unlearn",
+    scan: Path | None = None,
+    label: int | None = None,
+    seeds: int = 3,
+    json: Annotated[bool, Parameter(negative="")] = False,
+    budget: str = "",
+    model_flags: Annotated[_output.ModelFlags, Flat] = _output.ModelFlags(),
+    flags: Annotated[_output.RunFlags, Flat] = _output.RunFlags(),
+    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
+    quiet: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Give back a clean model, in the format that was read.
+
+    unlearn scans first and fine-tunes the model on clean images that carry the inverted trigger with their true
+    labels; finetune trains on the clean images alone. Accuracy, and success of the inverted trigger, are measured on
+    images that neither has seen.
+
+    For instance:
+
+        bezoar purify student.pth.tar --arch wrn-16-1 --data clean.npz --out cleaned/
+        bezoar purify student.pth.tar --arch wrn-16-1 --data clean.npz --scan scan/ --out cleaned/
+        bezoar purify net.onnx --data images/ --method finetune --set lr=0.02 --out cleaned/
+
+    Args:
+        model: Model file or folder, see bezoar scan.
+        data: Clean images with labels, see bezoar scan.
+        out: Folder for the cleaned model, changes.json and the report.
+        method: unlearn or finetune; see bezoar methods.
+        scan: Folder that bezoar scan --out wrote for this model, so that it is not scanned again.
+        label: Unlearn the inverted trigger of this label, whatever the verdict.
+        seeds: Seeds of the scan.
+        json: Print the whole report as JSON instead of the summary.
+        budget: Time allowed for the scan, such as 90s, 2m or 1h.
+        set_: A setting of the purifier, such as --set epochs=20.
+        quiet: No progress and no summary.
+    """
+    from bezoar import api
+
+    _output.check_folder(out)
+    purifier = _output.method_from("purifiers", method, {}, set_)
+    found = None if scan is None else api.load_result(scan)
+    with _output.progress(quiet) as report:
+        _, whole = api.purify(
+            model,
+            data,
+            method=purifier,
+            found=found,
+            label=label,
+            out=out,
+            model_options=model_flags.make(),
+            options=flags.make(budget),
+            report=report,
+            seeds=seeds,
+        )
+    _output.show(whole, out / "report.html", json=json, sarif=False, quiet=quiet)
+    return 0
+
+
+@app.command
+def report(source: Path, /, *, out: Path | None = None, sarif: Annotated[bool, Parameter(negative="")] = False) -> int:
+    """Make the HTML report of a run again, from its JSON alone.
+
+    Args:
+        source: The report.json of a run.
+        out: The file to write; report.html beside the JSON by default.
+        sarif: Print SARIF to the terminal instead of writing HTML.
+    """
+    from bezoar.core.results import write_atomic
+    from bezoar.report.html import render
+    from bezoar.report.sarif import to_sarif
+
+    read = _output.read_report(source)
+    if sarif:
+        sys.stdout.write(to_sarif(read))
+        return 0
+    target = out or source.with_name("report.html")
+    write_atomic(target, render(read))
+    print(target)
+    return 0
+
+
+@app.command
+def demo(*, out: Path = Path("demo-report"), quiet: Annotated[bool, Parameter(negative="")] = False) -> int:
+    """Scan and clean a small backdoored model that comes with bezoar, offline.
+
+    The model recognises clothes (Fashion-MNIST) and was trained by this project with a backdoor planted; the images
+    are real. Nothing tells the scan what was planted: the truth is only read at the end, to compare.
+
+    Args:
+        out: Folder for the report and the cleaned model.
+        quiet: No progress.
+    """
+    from bezoar.demo.run import run
+
+    _output.check_folder(out)
+    with _output.progress(quiet) as told:
+        whole, truth = run(out, told)
+    _output.show(whole, out / "report.html", json=False, sarif=False, quiet=quiet)
+    print(truth)
+    return 0
+
+
+@app.command
+def methods() -> int:
+    """List the methods, what each does and its settings."""
+    from bezoar.core import registry
+
+    for kind in ("scanners", "purifiers"):
+        print(f"{kind}:")
+        for name, method in registry.methods(kind).items():
+            first = (method.__doc__ or "").strip().splitlines()[0]
+            print(f"  {name:16} {first}")
+            print(f"  {'':16} settings: {_output.settings_line(method)}")
+    return 0
+
+
+def main(tokens: list[str] | None = None) -> Any:
+    """Run the command line and leave with its exit code."""
+    try:
+        code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        print("  See bezoar --help", file=sys.stderr)
+        sys.exit(2)
+    except BezoarError as error:
+        _output.print_error(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

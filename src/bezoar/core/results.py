@@ -1,0 +1,340 @@
+"""What a run found: dataclasses that go to JSON and back, and nothing else.
+
+Everything that depends on the clock stands under ``run``; the rest is the same for the same seed on the same machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from bezoar.core.errors import DataError
+
+SCHEMA = "bezoar.report/1"
+Verdict = Literal["clean", "backdoored", "inconclusive"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """The model that was looked at.
+
+    Attributes:
+        path: As the user gave it, or the class name of a module given in Python.
+        format: ``state-dict``, ``safetensors``, ``onnx``, ``huggingface``, ``timm``, ``module``, ...
+        sha256: Hash of the file (of the weights for a module given in Python).
+        arch: Architecture name or class.
+        parameters: Number of parameters.
+        num_classes: Number of labels.
+        channels, height, width: Input size.
+        mean, std: Per-channel normalisation that is part of the model; empty if there is none.
+    """
+
+    path: str
+    format: str
+    sha256: str
+    arch: str
+    parameters: int
+    num_classes: int
+    channels: int
+    height: int
+    width: int
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """The clean data: ``count`` images, ``per_class`` of each label, SHA-256 over pixels and labels."""
+
+    path: str
+    format: str
+    sha256: str
+    count: int
+    per_class: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """Accuracy on the clean data before anything else, in [0, 1], beside that of guessing."""
+
+    acc: float
+    chance: float
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelEvidence:
+    """What was found for one label.
+
+    Attributes:
+        label, name: The label.
+        size: L1 norm of the mask in pixels, median over seeds.
+        sizes: The same for each seed; None where no trigger reached the success rate that is asked for.
+        fraction: ``size`` as a share of the pixels, in [0, 1].
+        asr: Success of the inverted trigger on held-out clean images of other labels, median over seeds, in [0, 1].
+        index: Anomaly index, positive for smaller than the median, median over seeds.
+        status: ``complete``, ``eliminated`` (could not become the smallest, stopped early) or ``failed``.
+    """
+
+    label: int
+    name: str
+    size: float
+    sizes: tuple[float | None, ...]
+    fraction: float
+    asr: float
+    index: float
+    status: Literal["complete", "eliminated", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One figure that the verdict rests on, with the bound it was held against."""
+
+    name: str
+    value: float
+    bound: float
+    passed: bool
+    meaning: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedResult:
+    """Verdict of one seed alone."""
+
+    seed: int
+    verdict: Verdict
+    target: int | None
+    figures: tuple[Figure, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """The rule that turned evidence into a verdict: its name, its text and on what it was calibrated."""
+
+    name: str
+    text: str
+    calibration: str
+    figures: tuple[Figure, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A clean image and the same image stamped: PNG as base64, true label, predictions before and after."""
+
+    original: str
+    stamped: str
+    true: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriggerFacts:
+    """An inverted trigger; ``mask``, ``pattern`` and ``stamp`` (mask times pattern) are PNG pictures as base64."""
+
+    label: int
+    name: str
+    seed: int
+    size: float
+    fraction: float
+    asr: float
+    mask: str
+    pattern: str
+    stamp: str
+    examples: tuple[Example, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerChange:
+    """How much one tensor changed: L2 norm of the difference relative to that of the original."""
+
+    name: str
+    relative: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cleaning:
+    """What a purifier did; all rates in [0, 1], on held-out clean images, with inverted triggers only.
+
+    Attributes:
+        method: Registry name of the purifier.
+        config: Its settings.
+        target: Label whose inverted trigger was used, or None.
+        acc_before, acc_after: Clean accuracy.
+        asr_before, asr_after: Success of the inverted trigger; None where there was none.
+        held_out: Number of images that these were measured on.
+        output: File that was written, or empty.
+        sha256: Hash of that file, or empty.
+        layers: Change of each tensor, largest first.
+    """
+
+    method: str
+    config: dict[str, Any]
+    target: int | None
+    acc_before: float
+    acc_after: float
+    asr_before: float | None
+    asr_after: float | None
+    held_out: int
+    output: str = ""
+    sha256: str = ""
+    layers: tuple[LayerChange, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What differs from run to run.
+
+    Attributes:
+        created: ISO 8601, UTC.
+        seconds: Wall time of each phase.
+        image_gradients: Forward and backward passes of single images that the scan took.
+        versions: Of bezoar, torch, python and the platform.
+        device: Such as ``cpu`` or ``cuda:0``.
+        threads: CPU threads.
+        budget: Seconds allowed, or None.
+        budget_spent: Whether the budget ended the scan early.
+    """
+
+    created: str
+    seconds: dict[str, float]
+    image_gradients: int
+    versions: dict[str, str]
+    device: str
+    threads: int
+    budget: float | None = None
+    budget_spent: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A scan, a purification, or both, in full; the HTML report is made from it alone."""
+
+    verdict: Verdict | None
+    target: int | None
+    summary: str
+    model: ModelFacts
+    data: DataFacts
+    preflight: Preflight
+    method: str
+    config: dict[str, Any]
+    rule: Rule | None = None
+    labels: tuple[LabelEvidence, ...] = ()
+    seeds: tuple[SeedResult, ...] = ()
+    triggers: tuple[TriggerFacts, ...] = ()
+    cleaning: Cleaning | None = None
+    warnings: tuple[str, ...] = ()
+    run: RunFacts
+    schema: str = field(default=SCHEMA)
+
+    def to_json(self) -> str:
+        """The report as JSON text; floats that JSON cannot hold become null."""
+        return json.dumps(_plain(self), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read a report back.
+
+        Raises:
+            DataError: The text is not a report of this schema.
+        """
+        try:
+            raw = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"not a report: {error}", "Give the report.json that bezoar wrote") from None
+        if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
+            found = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
+            raise DataError(f"expected a report of schema {SCHEMA!r}, got {found!r}", "Run the scan again")
+        try:
+            report: Self = _build(cls, raw)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise DataError(f"the report is damaged: {error}", "Run the scan again") from None
+        return report
+
+    def stable(self) -> dict[str, Any]:
+        """Everything but ``run``: equal for equal seeds."""
+        plain: dict[str, Any] = _plain(self)
+        del plain["run"]
+        return plain
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file under a temporary name and rename it, so that no reader ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+def _build(kind: Any, raw: Any) -> Any:
+    """Rebuild a value of an annotated type from plain JSON."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _build_dataclass(kind, raw)
+    if origin in (types.UnionType, typing.Union):
+        if raw is None and type(None) in arguments:
+            return None
+        return _build(next(a for a in arguments if a is not type(None)), raw)
+    if origin is tuple:
+        return tuple(_build(arguments[0], v) for v in _expect(list, raw))
+    if origin is dict:
+        return {k: _build(arguments[1], v) for k, v in _expect(dict, raw).items()}
+    return _build_plain(kind, raw)
+
+
+def _build_dataclass(kind: type[Any], raw: Any) -> Any:
+    hints = typing.get_type_hints(kind)
+    unknown = set(_expect(dict, raw)) - set(hints)
+    if unknown:
+        raise KeyError(f"{kind.__name__}: unknown {', '.join(sorted(unknown))}")
+    return kind(**{k: _build(hints[k], v) for k, v in raw.items()})
+
+
+def _build_plain(kind: Any, raw: Any) -> Any:
+    if typing.get_origin(kind) is Literal:
+        if raw not in typing.get_args(kind):
+            raise ValueError(f"expected one of {typing.get_args(kind)}, got {raw!r}")
+        return raw
+    if kind is float:
+        return float("nan") if raw is None else float(raw)
+    return _expect(kind, raw) if kind in (int, str, bool) else raw
+
+
+def _expect(kind: type[Any], raw: Any) -> Any:
+    # To Python a bool is an int; to a reader of the report it is not.
+    if not isinstance(raw, kind) or (kind is int and isinstance(raw, bool)):
+        raise TypeError(f"expected {kind.__name__}, got {raw!r:.80}")
+    return raw

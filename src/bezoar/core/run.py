@@ -1,0 +1,120 @@
+"""Means of a run: time, randomness, device, progress and checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bezoar.core.errors import BudgetSpent
+
+#: Told of progress: name of the phase, steps done, steps in all, what is in the lead.
+Report = Callable[[str, int, int, str], None]
+
+
+def _silent(_phase: str, _done: int, _total: int, _note: str) -> None:
+    return None
+
+
+@dataclass
+class Progress:
+    """Tells the user where a run is, and keeps what a killed run needs to go on.
+
+    Args:
+        report: Told of each step.
+        folder: Where checkpoints are kept; None keeps none.
+        every: Seconds between checkpoints.
+        seeds: Seeds in all, for the user's eye.
+    """
+
+    report: Report = _silent
+    folder: Path | None = None
+    every: float = 5.0
+    seeds: int = 1
+    _done: int = 0
+    _last: float = field(default_factory=time.monotonic)
+
+    def step(self, seed: int, done: int, total: int, note: str) -> None:
+        """One step of a seed is done."""
+        del seed
+        name = "scan" if self.seeds == 1 else f"scan, seed {min(self._done + 1, self.seeds)} of {self.seeds}"
+        self.report(name, self._done * total + done, self.seeds * total, note)
+
+    def seed_done(self) -> None:
+        """A seed is finished."""
+        self._done += 1
+
+    def training(self, done: int, total: int, loss: float) -> None:
+        """One training step is done."""
+        self.report("clean", done, total, f"loss {loss:.3f}")
+
+    def save(self, seed: int, state: Callable[[], dict[str, Any]], now: bool = False) -> None:
+        """Keep the state of a seed, at most every few seconds; ``state`` is only called when it is kept."""
+        if self.folder is None or (not now and time.monotonic() - self._last < self.every):
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self.folder, suffix=".part")
+        os.close(handle)
+        torch.save(state(), name)
+        os.replace(name, self.folder / f"seed-{seed}.pt")
+        self._last = time.monotonic()
+
+    def load(self, seed: int) -> dict[str, Any] | None:
+        """The state that was kept, or None. A damaged checkpoint is as good as none."""
+        path = None if self.folder is None else self.folder / f"seed-{seed}.pt"
+        if path is None or not path.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+            return None
+        return state
+
+
+@dataclass
+class Run:
+    """Time, randomness and device of one run.
+
+    Args:
+        seed: Root of all randomness.
+        device: Where the model runs.
+        budget: Seconds allowed, or None for no limit; counted from the creation of this object.
+        progress: Tells the user, keeps checkpoints.
+    """
+
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    budget: float | None = None
+    progress: Progress = field(default_factory=Progress)
+    started: float = field(default_factory=time.monotonic)
+    image_gradients: int = 0
+    budget_spent: bool = False
+
+    @property
+    def left(self) -> float:
+        """Seconds left; infinite without a budget."""
+        return float("inf") if self.budget is None else self.budget - (time.monotonic() - self.started)
+
+    def check(self) -> None:
+        """Raise :class:`BudgetSpent` when the time is over."""
+        if self.left <= 0:
+            self.budget_spent = True
+            raise BudgetSpent(f"the budget of {self.budget:g} seconds is spent")
+
+    def generator(self, *key: object) -> torch.Generator:
+        """A CPU generator that depends on the seed and the key alone, never on the order of calls."""
+        return generator(self.seed, *key)
+
+
+def generator(*key: object) -> torch.Generator:
+    """A CPU generator seeded by the hash of ``key``."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

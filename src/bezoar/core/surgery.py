@@ -1,0 +1,71 @@
+"""Looking into a model and leaving it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from bezoar.core.errors import UnsupportedModel
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Eval mode and no parameter gradients inside; modes, ``requires_grad``, gradients and buffers restored after."""
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        model.eval()
+        for parameter, _ in wanted:
+            parameter.requires_grad_(False)
+        yield model
+    finally:
+        for parameter, value in wanted:
+            parameter.requires_grad_(value)
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, kept in buffers:
+                buffer.copy_(kept)
+
+
+def logits(model: nn.Module, x: Tensor) -> Tensor:
+    """``(B, K)`` logits of ``(B, C, H, W)`` images.
+
+    Raises:
+        UnsupportedModel: The model gives something else.
+    """
+    out = model(x)
+    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(x):
+        found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise UnsupportedModel(
+            f"expected logits of shape ({len(x)}, classes), got {found}",
+            "Wrap the model so that it maps (B, C, H, W) images to (B, K) logits",
+        )
+    return out
+
+
+@torch.no_grad()
+def require_independent_rows(model: nn.Module, x: Tensor) -> None:
+    """Refuse a model whose answer for an image depends on the other images of the batch.
+
+    Args:
+        model: Eval mode.
+        x: At least two images.
+
+    Raises:
+        UnsupportedModel: Rows interact, or logits are not finite.
+    """
+    together = logits(model, x)
+    if not torch.isfinite(together).all():
+        raise UnsupportedModel("the model gives NaN or infinite logits on clean images", "Check the weights")
+    alone = torch.cat([logits(model, row) for row in torch.split(x, 1)])
+    scale = together.abs().max().clamp(min=1)
+    if float((together - alone).abs().max() / scale) > 1e-2:
+        raise UnsupportedModel(
+            "the model's answer for an image depends on the other images of its batch",
+            "Labels cannot be inverted in one batch; use mode='reference' or remove the layer that mixes rows",
+        )

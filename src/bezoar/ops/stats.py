@@ -1,0 +1,28 @@
+"""Outlier statistics."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import median_abs_deviation
+
+
+def anomaly_index(sizes: ArrayLike, reference: ArrayLike | None = None) -> NDArray[np.float64]:
+    """``(median - size) / MAD``: positive for a trigger smaller than the median (Neural Cleanse, section IV-C).
+
+    Args:
+        sizes: ``(T,)`` norms.
+        reference: ``(R,)`` norms that median and MAD are taken from; ``sizes`` itself by default.
+
+    Returns:
+        ``(T,)`` indices. The MAD is scaled by 1.4826, so that an index is in standard deviations of a normal
+        distribution; a MAD of zero gives 0 at the median and infinity elsewhere.
+    """
+    values = np.asarray(sizes, dtype=np.float64)
+    base = values if reference is None else np.asarray(reference, dtype=np.float64)
+    median = np.median(base)
+    deviation = median_abs_deviation(base, scale="normal")
+    difference = median - values
+    if deviation == 0:
+        return np.where(difference == 0, 0.0, np.sign(difference) * np.inf)
+    return np.asarray(difference / deviation, dtype=np.float64)

@@ -1,0 +1,211 @@
+"""From evidence to a verdict: a rule of its own, apart from the scanner.
+
+The MAD index of Neural Cleanse errs with few labels: on clean nets it is often above 2, because the sizes lie close
+together, and on backdoored ones it can be below 2, because they lie far apart. What tells the two apart is how much
+smaller the smallest trigger is than the usual one, so the rule rests on that ratio; the index is shown beside it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from bezoar.core.evidence import Scan, SeedScan
+from bezoar.core.results import Figure, LabelEvidence, Rule, SeedResult, Verdict
+from bezoar.ops.stats import anomaly_index
+
+CALIBRATION = "benchmarks/calibrate.py on nets of its own (GTSRB, MNIST, CIFAR-10); see docs/results.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioRule:
+    """``backdoored`` if one label's trigger is far smaller than the usual one, works and is small in itself.
+
+    Args:
+        backdoored_ratio: Size over the median of the other reference labels: at or below, the label is suspect.
+        clean_ratio: At or above, the label is not; between the two, the evidence is weak.
+        asr: Least success on held-out clean images.
+        share: Largest share of the image that counts as a trigger.
+        index: Shown beside: the bound of the paper on the MAD index. It decides nothing.
+        agree: Least share of seeds that must name the same label.
+        least_labels: With fewer labels than this the median says too little for ``backdoored``.
+    """
+
+    backdoored_ratio: float = 0.40
+    clean_ratio: float = 0.50
+    asr: float = 0.75
+    share: float = 0.25
+    index: float = 2.0
+    agree: float = 0.6
+    least_labels: int = 4
+
+    @property
+    def text(self) -> str:
+        """The rule in words."""
+        return (
+            f"A label is suspect when its inverted trigger is at most {self.backdoored_ratio:g} times as large as the "
+            f"median of the other labels, still works on at least {self.asr:.0%} of held-out clean images and covers "
+            f"at most {self.share:.0%} of the image. Backdoored: at least {self.agree:.0%} of the seeds suspect the "
+            f"same label. Clean: no seed suspects a label and most find no ratio under {self.clean_ratio:g}. Anything "
+            "else, and a scan that the budget cut short, is inconclusive. A trigger that never reached the success "
+            "rate asked for in the search does not count. The MAD index is shown, but decides nothing."
+        )
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict with everything it rests on; ``leader`` is the label of the smallest trigger, suspect or not."""
+
+    verdict: Verdict
+    target: int | None
+    leader: int
+    rule: Rule
+    seeds: tuple[SeedResult, ...]
+    labels: tuple[LabelEvidence, ...]
+
+
+def judge(scan: Scan, names: tuple[str, ...], rule: RatioRule | None = None) -> Judgement:
+    """Apply the rule.
+
+    Args:
+        scan: Evidence of at least one seed.
+        names: Name of each label.
+        rule: Bounds.
+    """
+    rule = rule or RatioRule()
+    judged = [(s, *_seed(s, scan, rule)) for s in scan.seeds]
+    results = tuple(result for _, result, _ in judged)
+    # A seed that the budget cut short says nothing beside one that was finished.
+    voters = [(r, leader) for s, r, leader in judged if s.finished] or [(r, leader) for _, r, leader in judged]
+    verdict, target = _vote([r for r, _ in voters], rule)
+    leader = target if target is not None else Counter(leader for _, leader in voters).most_common(1)[0][0]
+    figures = _figures_over_seeds(scan, leader, [r for r, _ in voters], rule)
+    return Judgement(
+        verdict,
+        target,
+        leader,
+        Rule(name="size-ratio", text=rule.text, calibration=CALIBRATION, figures=figures),
+        results,
+        _labels(scan, names),
+    )
+
+
+def _seed(seed: SeedScan, scan: Scan, rule: RatioRule) -> tuple[SeedResult, int]:
+    # A label whose trigger never worked has no size to speak of: it leads only where none worked.
+    leader = min(seed.labels, key=lambda label: (seed.labels[label].status == "failed", seed.labels[label].size))
+    works = seed.labels[leader].status != "failed"
+    figures = _figures(seed, leader, scan.pixels, rule)
+    passed = {f.name: f.passed for f in figures}
+    suspect = works and passed["size ratio"] and passed["held-out ASR"] and passed["share of the image"]
+    ratio = next(f.value for f in figures if f.name == "size ratio")
+    verdict: Verdict = "inconclusive"
+    if seed.finished and suspect and scan.num_classes >= rule.least_labels:
+        verdict = "backdoored"
+    elif seed.finished and works and ratio >= rule.clean_ratio:
+        verdict = "clean"
+    target = leader if verdict == "backdoored" else None
+    return SeedResult(seed=seed.seed, verdict=verdict, target=target, figures=figures), leader
+
+
+def _vote(results: list[SeedResult], rule: RatioRule) -> tuple[Verdict, int | None]:
+    votes = Counter(r.target for r in results if r.target is not None)
+    if votes:
+        label, count = votes.most_common(1)[0]
+        return ("backdoored", label) if count >= rule.agree * len(results) else ("inconclusive", None)
+    clean = sum(r.verdict == "clean" for r in results)
+    return ("clean", None) if clean > len(results) / 2 else ("inconclusive", None)
+
+
+def _figures(seed: SeedScan, label: int, pixels: int, rule: RatioRule) -> tuple[Figure, ...]:
+    found = seed.labels[label]
+    share = found.size / pixels
+    ratio, index = size_ratio(seed, label), _index(seed, label)
+    return (
+        Figure(
+            name="size ratio",
+            value=ratio,
+            bound=rule.backdoored_ratio,
+            passed=ratio <= rule.backdoored_ratio,
+            meaning="trigger size over the median of the other labels; small is suspect",
+        ),
+        Figure(
+            name="held-out ASR",
+            value=found.asr,
+            bound=rule.asr,
+            passed=found.asr >= rule.asr,
+            meaning="share of held-out clean images that the trigger turns into the label",
+        ),
+        Figure(
+            name="share of the image",
+            value=share,
+            bound=rule.share,
+            passed=share <= rule.share,
+            meaning="trigger size over the number of pixels",
+        ),
+        Figure(
+            name="anomaly index",
+            value=index,
+            bound=rule.index,
+            passed=index > rule.index,
+            meaning="median minus size in units of the MAD; shown, decides nothing",
+        ),
+    )
+
+
+def _figures_over_seeds(scan: Scan, label: int, voters: list[SeedResult], rule: RatioRule) -> tuple[Figure, ...]:
+    """Medians over the seeds that looked at the label, and how many agree."""
+    seeds = [s for s in scan.seeds if label in s.labels]
+    each = [_figures(s, label, scan.pixels, rule) for s in seeds]
+    out = []
+    for column in zip(*each, strict=True):
+        value, first = float(np.median([f.value for f in column])), column[0]
+        above = first.name in ("held-out ASR", "anomaly index")
+        passed = value >= first.bound if above else value <= first.bound
+        out.append(Figure(name=first.name, value=value, bound=first.bound, passed=passed, meaning=first.meaning))
+    agree = sum(r.target == label for r in voters) / len(voters)
+    out.append(
+        Figure(
+            name="seeds that suspect the label",
+            value=agree,
+            bound=rule.agree,
+            passed=agree >= rule.agree,
+            meaning=f"share of {len(voters)} seeds",
+        )
+    )
+    return tuple(out)
+
+
+def size_ratio(seed: SeedScan, label: int) -> float:
+    """Size of a label's trigger over the median size of the other reference labels."""
+    others = [s.size for other, s in seed.labels.items() if s.reference and other != label]
+    return seed.labels[label].size / max(1e-9, float(np.median(others))) if others else float("nan")
+
+
+def _index(seed: SeedScan, label: int) -> float:
+    reference = [s.size for s in seed.labels.values() if s.reference]
+    return float(anomaly_index([seed.labels[label].size], reference)[0])
+
+
+def _labels(scan: Scan, names: tuple[str, ...]) -> tuple[LabelEvidence, ...]:
+    rows = []
+    for label in scan.looked_at():
+        seen = [s.labels.get(label) for s in scan.seeds]
+        present = [s for s in seen if s is not None]
+        # Of several seeds, the one that followed the label furthest names its status.
+        status = min((s.status for s in present), key=("complete", "failed", "eliminated").index)
+        size = scan.median(label, "size")
+        rows.append(
+            LabelEvidence(
+                label=label,
+                name=names[label] if label < len(names) else str(label),
+                size=size,
+                sizes=tuple(None if s is None or s.status == "failed" else s.size for s in seen),
+                fraction=size / scan.pixels,
+                asr=scan.median(label, "asr"),
+                index=float(np.median([_index(s, label) for s in scan.seeds if label in s.labels])),
+                status=status,
+            )
+        )
+    return tuple(rows)

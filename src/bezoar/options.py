@@ -1,0 +1,64 @@
+"""What the user may say about the model and the run. Imports nothing heavy: the command line is made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bezoar.core.errors import SettingError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How to read the model.
+
+    Args:
+        arch: Architecture of a bare state dict: a reference net such as wrn-16-1 or preactresnet-18, timm/NAME,
+            torchvision/NAME, or file.py:function for your own code.
+        num_classes: Number of labels; found in the weights by default.
+        mean: Normalisation of the input, one value per channel; from the model's own configuration by default.
+        std: Normalisation of the input, one value per channel.
+        size: Height and width of the input, in pixels.
+        channels: Colour channels of the input.
+        allow_code: Also open formats that bring code with them, and run it. Only for files you trust.
+    """
+
+    arch: str | None = None
+    num_classes: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    size: int | tuple[int, int] | None = None
+    channels: int | None = None
+    allow_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Means of a run.
+
+    Args:
+        images: Most clean images to use, as many of each class as there are.
+        held_out: Share of the images that only measures, in (0, 1).
+        seed: Root of all randomness.
+        budget: Seconds allowed; the answer is then the best so far.
+        device: Such as cpu or cuda:0; auto takes CUDA where there is one.
+        threads: CPU threads; 0 leaves it to torch.
+        resume: Keep checkpoints, and go on where a killed run of the same command stopped.
+    """
+
+    images: int = 1000
+    held_out: float = 0.5
+    seed: int = 0
+    budget: float | None = None
+    device: str = "auto"
+    threads: int = 0
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name, valid, rule in (
+            ("images", self.images >= 2, "at least 2"),
+            ("held_out", 0 < self.held_out < 1, "in (0, 1)"),
+            ("budget", self.budget is None or self.budget > 0, "above 0"),
+            ("threads", self.threads >= 0, "at least 0"),
+        ):
+            if not valid:
+                raise SettingError(f"{name} must be {rule}, got {getattr(self, name)}")

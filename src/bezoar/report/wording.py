@@ -1,0 +1,298 @@
+"""What the reports say: figures as text, the verdict in words, limits and next steps, shared by all formats."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import statistics
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+from bezoar.core.results import Figure, LabelEvidence, Report
+
+MISSING = "n/a"
+# Invisible characters that can reorder or hide text, or drive a terminal.
+_UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+@dataclass(frozen=True)
+class Title:
+    """How a verdict is shown: ``kind`` picks colour and icon, ``word`` is the heading."""
+
+    kind: Literal["backdoored", "clean", "inconclusive", "cleaned"]
+    word: str
+
+
+@dataclass(frozen=True)
+class Band:
+    """Median of the trigger sizes and the band ``k`` MADs wide on both sides of it, in pixels."""
+
+    median: float
+    mad: float
+    k: float
+
+    @property
+    def low(self) -> float:
+        """Lower edge, at least 0."""
+        return max(0.0, self.median - self.k * self.mad)
+
+    @property
+    def high(self) -> float:
+        """Upper edge."""
+        return self.median + self.k * self.mad
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text without control, bidirectional-override and unpaired surrogate characters; names come from strangers."""
+    return "".join(
+        c if c in keep or unicodedata.category(c) not in _UNSAFE else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, with thousands separators: ``1,024``, ``12.3``, ``0.0123``."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-4:
+        return f"{value:.1e}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    text = f"{value:,.{digits}f}"
+    return text.rstrip("0").rstrip(".") if digits else text
+
+
+def pixels(value: float | None) -> str:
+    """A trigger size: ``12.3 px``."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    return f"{value:,.0f} px" if value >= 100 else f"{value:.1f} px"
+
+
+def percent(value: float | None) -> str:
+    """A rate in [0, 1] as per cent with one decimal: ``99.8 %``."""
+    return MISSING if value is None or not math.isfinite(value) else f"{100 * value:.1f} %"
+
+
+def margin(rate: float | None, count: int) -> str:
+    """Half width of the 95 % confidence interval (Wilson) of a rate measured on ``count`` images, in points."""
+    if rate is None or not math.isfinite(rate) or count < 1:
+        return MISSING
+    z, share = 1.96, min(max(rate, 0.0), 1.0)
+    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / (1 + z * z / count)
+    return f"{100 * half:.1f}"
+
+
+def duration(seconds: float | None) -> str:
+    """A time span: ``0.8 s``, ``42 s``, ``1 min 12 s``, ``2 h 5 min``."""
+    if seconds is None or not math.isfinite(seconds):
+        return MISSING
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def moment(created: str) -> str:
+    """``2026-01-31 12:00 UTC`` from ISO 8601, or the text itself where it is something else."""
+    try:
+        when = datetime.fromisoformat(created)
+    except ValueError:
+        return created
+    return (when.astimezone(UTC) if when.tzinfo else when).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def total_seconds(report: Report) -> float:
+    """Wall time of the run: the phase named ``total``, else the sum of all phases."""
+    seconds = report.run.seconds
+    return seconds.get("total", sum(seconds.values()))
+
+
+def label_text(report: Report, label: int | None) -> str:
+    """A label as number and name: ``5 (dog)``, or the number alone where it has no other name."""
+    if label is None:
+        return "none"
+    name = _names(report).get(label, "").strip()
+    return f"{label} ({name})" if name and name != str(label) else str(label)
+
+
+def _names(report: Report) -> dict[int, str]:
+    names = dict(enumerate(report.data.names))
+    names.update({t.label: t.name for t in report.triggers})
+    names.update({e.label: e.name for e in report.labels})
+    return names
+
+
+def title(report: Report) -> Title:
+    """The heading of the report."""
+    if report.verdict == "backdoored":
+        where = f": label {label_text(report, report.target)}" if report.target is not None else ""
+        return Title("backdoored", f"Backdoored{where}")
+    if report.verdict == "clean":
+        return Title("clean", "Clean: no trigger stands out")
+    if report.verdict == "inconclusive":
+        return Title("inconclusive", "Inconclusive: too little evidence for a verdict")
+    return Title("cleaned", "Cleaned without a scan" if report.cleaning else "No verdict")
+
+
+def sentence(report: Report) -> str:
+    """The verdict in one sentence: the run's own, or one made from its figures."""
+    return report.summary.strip() or _sentence(report)
+
+
+def _sentence(report: Report) -> str:
+    evidence = suspect(report)
+    if report.verdict is None:
+        return _cleaning_sentence(report)
+    if evidence is None:
+        return "No label gave a trigger that could be judged."
+    size = f"{pixels(evidence.size)} ({percent(evidence.fraction)} of the image)"
+    label = label_text(report, evidence.label)
+    if report.verdict == "backdoored":
+        return f"A trigger of {size} turns {percent(evidence.asr)} of held-out images into label {label}."
+    start = "No trigger stands out" if report.verdict == "clean" else "The evidence does not settle it"
+    return f"{start}: the smallest one found leads to label {label} and takes {size}."
+
+
+def _cleaning_sentence(report: Report) -> str:
+    done = report.cleaning
+    if done is None:
+        return "The run ended without a verdict."
+    text = f"{done.method} ran; clean accuracy went from {percent(done.acc_before)} to {percent(done.acc_after)}"
+    if done.asr_before is None:
+        return f"{text}. The model was not scanned, so nothing is said about a backdoor."
+    return f"{text}, success of the inverted trigger from {percent(done.asr_before)} to {percent(done.asr_after)}."
+
+
+def has_size(evidence: LabelEvidence) -> bool:
+    """Whether a label has a trigger whose size counts."""
+    return evidence.status != "failed" and math.isfinite(evidence.size)
+
+
+def ranked(report: Report) -> list[LabelEvidence]:
+    """Labels by trigger size, smallest first; those without one last."""
+    return sorted(report.labels, key=lambda e: (not has_size(e), e.size if has_size(e) else 0.0, e.label))
+
+
+def suspect(report: Report) -> LabelEvidence | None:
+    """Evidence of the target, or of the label with the smallest trigger where there is no target."""
+    for evidence in report.labels:
+        if evidence.label == report.target:
+            return evidence
+    complete = [e for e in ranked(report) if has_size(e)]
+    return next((e for e in complete if e.status == "complete"), complete[0] if complete else None)
+
+
+def index_bound(report: Report) -> float | None:
+    """Bound that the rule holds the anomaly index against, or None if it uses none."""
+    figures = report.rule.figures if report.rule else ()
+    return next((f.bound for f in figures if "index" in f.name.lower() and math.isfinite(f.bound)), None)
+
+
+def band(report: Report) -> Band | None:
+    """Median and MAD of the sizes shown; None for fewer than three of them."""
+    sizes = [e.size for e in report.labels if has_size(e)]
+    if len(sizes) < 3:
+        return None
+    median = statistics.median(sizes)
+    # 1.4826 makes the MAD an estimate of the standard deviation of a normal distribution.
+    mad = 1.4826 * statistics.median(abs(s - median) for s in sizes)
+    return Band(median, mad, index_bound(report) or 2.0)
+
+
+def agreeing(report: Report) -> int:
+    """Number of seeds that alone give the verdict and the target of the whole."""
+    return sum(s.verdict == report.verdict and s.target == report.target for s in report.seeds)
+
+
+def votes(report: Report) -> tuple[str, str]:
+    """How the seeds voted, as a figure and what it means: ``("5 of 5", "agree with the verdict")``."""
+    total = len(report.seeds)
+    if report.verdict != "inconclusive":
+        return f"{agreeing(report)} of {total}", "agree with the verdict"
+    named = Counter(s.target for s in report.seeds if s.verdict == "backdoored")
+    if not named:
+        return f"0 of {total}", "found a backdoor alone"
+    label, count = named.most_common(1)[0]
+    return f"{count} of {total}", f"found a backdoor alone, label {label_text(report, label)}"
+
+
+def condition(figure: Figure) -> str:
+    """The bound with its direction (``>= 2``), which follows from value and outcome; bare where it cannot be told."""
+    bound = number(figure.bound)
+    if not math.isfinite(figure.value) or figure.value == figure.bound:
+        return bound
+    return f">= {bound}" if figure.passed == (figure.value > figure.bound) else f"<= {bound}"
+
+
+def limits(report: Report) -> list[str]:
+    """What the report does not show, in plain sentences."""
+    lines = _scan_limits(report) if report.verdict is not None else []
+    if report.verdict is None:
+        lines.append("No scan was part of this run: nothing here says whether the model has a backdoor.")
+    if report.cleaning is not None:
+        lines += _cleaning_limits(report)
+    lines.append(
+        f"Everything rests on the {report.data.count:,} images given, taken to be clean and correctly labelled."
+    )
+    return lines
+
+
+_BY_VERDICT = {
+    "clean": '"Clean" means that no trigger of the kind looked for stood out, not that the model is safe.',
+    "backdoored": "The trigger shown was computed from the model. The attacker's own may have another shape, place or "
+    "colour, and a natural feature of a label can at times act as a small trigger.",
+    "inconclusive": '"Inconclusive" is neither an all-clear nor an accusation: more images or seeds may settle it.',
+}
+
+
+def _scan_limits(report: Report) -> list[str]:
+    lines = [
+        _BY_VERDICT[report.verdict or "inconclusive"],
+        "The scan looks for one small change of pixels that turns images of any kind into one label. Triggers that "
+        "differ from image to image, warp it, act on some source labels only, or map every label to another one can "
+        "go unseen.",
+    ]
+    if len(report.labels) < report.model.num_classes:
+        lines.append(f"{len(report.labels):,} of the model's {report.model.num_classes:,} labels were looked at.")
+    stopped = sum(e.status == "eliminated" for e in report.labels)
+    if stopped:
+        many = f"{stopped:,} labels were" if stopped > 1 else "1 label was"
+        lines.append(f"{many} stopped early, too large to become the smallest; the sizes shown are upper bounds.")
+    if report.run.budget_spent:
+        lines.append("The time budget ended the scan early; sizes may still have been falling.")
+    return lines
+
+
+def _cleaning_limits(report: Report) -> list[str]:
+    done = report.cleaning
+    if done is None or done.asr_before is None:
+        return ["No trigger was at hand to test the cleaning with: whether a backdoor is gone was not measured."]
+    return [
+        "The cleaning was tested with the inverted trigger. The attacker's own trigger is unknown and may still work "
+        "in part: scan the cleaned model again before use."
+    ]
+
+
+def next_steps(report: Report) -> str:
+    """One or two sentences on what to do now."""
+    done = report.cleaning
+    model, data = shlex.quote(printable(report.model.path)), shlex.quote(printable(report.data.path))
+    if done is not None and done.output:
+        return f"Check the cleaned model before use: bezoar scan {shlex.quote(printable(done.output))} --data {data}"
+    if report.verdict == "backdoored" and done is None:
+        return f"Do not use this model as it is. To clean it: bezoar purify {model} --data {data} --out cleaned"
+    if report.verdict == "backdoored":
+        return "Do not use the original model. Check the cleaned one with another scan before use."
+    if report.verdict == "inconclusive":
+        return "Scan again with more clean images or more seeds (--seeds 5), and without a time budget."
+    if report.verdict == "clean":
+        return "Nothing to clean. Mind the limits: other kinds of backdoor can go unseen."
+    return f"To look for a backdoor: bezoar scan {model} --data {data}"

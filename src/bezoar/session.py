@@ -1,0 +1,169 @@
+"""What scan and purify share: model and data in hand, checked, divided and described."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bezoar.core.errors import SettingError
+from bezoar.core.method import Clean
+from bezoar.core.model import Suspect
+from bezoar.core.results import Preflight, RunFacts
+from bezoar.core.run import Progress, Report, Run
+from bezoar.core.surgery import frozen
+from bezoar.io.data import CleanData, load_data
+from bezoar.io.models import load_model
+from bezoar.io.preflight import check_preflight, preflight
+from bezoar.options import ModelOptions, RunOptions
+from bezoar.version import __version__
+
+
+@dataclass
+class Session:
+    """Model and data in hand; :func:`open_session` makes it and puts everything back afterwards."""
+
+    suspect: Suspect
+    data: CleanData
+    clean: Clean
+    preflight: Preflight
+    warnings: tuple[str, ...]
+    run: Run
+    options: RunOptions
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the wall time of a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+
+    def facts(self) -> RunFacts:
+        """What differs from run to run."""
+        return RunFacts(
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=dict(self.seconds),
+            image_gradients=self.run.image_gradients,
+            versions={
+                "bezoar": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "platform": f"{platform.system()} {platform.machine()}",
+            },
+            device=str(self.run.device),
+            threads=torch.get_num_threads(),
+            budget=self.options.budget,
+            budget_spent=self.run.budget_spent,
+        )
+
+    def checkpoints(self, method: Any) -> Path | None:
+        """Folder for checkpoints of this model, data, method and seed; None where none are kept."""
+        if not self.options.resume:
+            return None
+        key = [
+            self.suspect.facts.sha256,
+            dataclasses.asdict(self.suspect.facts),
+            self.data.facts.sha256,
+            type(method).__name__,
+            method.config(),
+            self.options.seed,
+            self.options.held_out,
+            __version__,
+            torch.__version__,
+        ]
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        return cache_folder() / "scans" / digest[:32]
+
+
+def cache_folder() -> Path:
+    """Where bezoar keeps checkpoints: ``BEZOAR_CACHE``, or ``bezoar`` in the user's cache folder."""
+    if "BEZOAR_CACHE" in os.environ:
+        return Path(os.environ["BEZOAR_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bezoar"
+
+
+@contextmanager
+def open_session(
+    model: str | Path | nn.Module,
+    data: Any,
+    model_options: ModelOptions,
+    options: RunOptions,
+    report: Report | None,
+) -> Iterator[Session]:
+    """Load, check, move to the device; on the way out the caller's module and threads are as they were."""
+    started = time.monotonic()
+    device = _device(options.device)
+    threads = torch.get_num_threads()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
+    home = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
+    suspect: Suspect | None = None
+    try:
+        begun = time.perf_counter()
+        suspect = load_model(model, **{f.name: getattr(model_options, f.name) for f in dataclasses.fields(ModelOptions)})
+        facts = suspect.facts
+        clean_data = load_data(
+            data,
+            num_classes=facts.num_classes,
+            size=(facts.height, facts.width),
+            channels=facts.channels,
+            limit=options.images,
+            seed=options.seed,
+        )
+        loaded = time.perf_counter()
+        suspect.module.to(device)
+        progress = Progress() if report is None else Progress(report=report)
+        run = Run(seed=options.seed, device=device, budget=options.budget, progress=progress, started=started)
+        with frozen(suspect.module):
+            measured = preflight(suspect.module, clean_data)
+            warnings = check_preflight(measured, suspect.module, clean_data)
+        session = Session(
+            suspect,
+            clean_data,
+            _divide(clean_data, facts.num_classes, options),
+            measured,
+            (*suspect.warnings, *clean_data.notes, *warnings),
+            run,
+            options,
+        )
+        session.seconds["load"] = round(loaded - begun, 3)
+        session.seconds["preflight"] = round(time.perf_counter() - loaded, 3)
+        yield session
+    finally:
+        torch.set_num_threads(threads)
+        for module, mode in modes:
+            module.training = mode
+        if home is not None and suspect is not None:
+            suspect.module.to(home)
+
+
+def _divide(data: CleanData, num_classes: int, options: RunOptions) -> Clean:
+    work, held = data.split(options.held_out, options.seed)
+    return Clean(x=work.x, y=work.y, held_x=held.x, held_y=held.y, num_classes=num_classes)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}", "Try --device cpu") from None
+    return device

@@ -1,0 +1,368 @@
+"""What every method promises; a new method is held to it without a line of test code."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import json
+import random
+import re
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import bezoar
+from bezoar.core.errors import BezoarError, BudgetSpent, SettingError
+from bezoar.core.evidence import Scan
+from bezoar.core.method import Clean
+from bezoar.core.registry import methods
+from bezoar.core.run import Run
+from scripts.make_method_docs import KINDS, arguments, sections
+from tests.toys import LABELS, TARGET, acc, asr, images, trained, trigger
+
+METHODS = {f"{kind}/{name}": method for kind in KINDS for name, method in methods(kind).items()}
+every_scanner = pytest.mark.parametrize("scanner", methods("scanners").values(), ids=methods("scanners").keys())
+every_purifier = pytest.mark.parametrize("purifier", methods("purifiers").values(), ids=methods("purifiers").keys())
+every_attack = pytest.mark.parametrize("attack", methods("attacks").values(), ids=methods("attacks").keys())
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+
+
+def test_registry_finds_methods_of_every_kind():
+    assert all(methods(kind) for kind in KINDS)
+
+
+@every_method
+def test_is_a_value(method):
+    made = method()
+    assert made == method()
+    assert hash(made) == hash(method())
+    for field in dataclasses.fields(made):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(made, field.name, None)
+
+
+@every_method
+def test_settings_are_given_by_name(method):
+    if dataclasses.fields(method):
+        with pytest.raises(TypeError):
+            method(1)
+
+
+@every_method
+def test_repr_makes_it_again(method):
+    names = {one.__name__: one for one in METHODS.values()}
+    assert eval(repr(method()), names) == method()
+
+
+@every_method
+def test_settings_survive_json(method):
+    read = json.loads(json.dumps(dataclasses.asdict(method()), allow_nan=False))
+    again = method(**{name: tuple(value) if isinstance(value, list) else value for name, value in read.items()})
+    assert again == method()
+
+
+@every_method
+def test_unknown_setting_is_refused(method):
+    with pytest.raises(TypeError, match="no_such_setting"):
+        method(no_such_setting=1)
+
+
+@every_method
+def test_docstring_explains_every_setting(method):
+    explained = arguments(method)
+    assert [f.name for f in dataclasses.fields(method) if not explained.get(f.name)] == []
+
+
+@every_method
+def test_docstring_has_a_summary_and_a_reference(method):
+    parts = sections(method.__dict__.get("__doc__") or "")
+    summary = parts[""].partition("\n\n")[0]
+    assert summary.endswith("."), summary
+    assert re.search(r"\b(19|20)\d\d\b", parts.get("References", "")), "name the paper with its year"
+
+
+@pytest.mark.parametrize(("identifier", "method"), METHODS.items())
+def test_name_is_the_class_name_in_kebab_case(identifier, method):
+    name = identifier.partition("/")[2]
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)
+    assert name.replace("-", "") == method.__name__.lower()
+
+
+# What every method promises for the caller's model and for its own answer.
+
+
+@dataclasses.dataclass
+class State:
+    """Everything of the caller that a method could disturb."""
+
+    weights: dict[str, torch.Tensor]
+    modules: list[tuple[str, bool, tuple[int, ...]]]
+    parameters: list[tuple[str, bool, bool]]
+    randomness: tuple[Any, ...]
+    torch_state: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> State:
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        numpy_state = np.random.get_state()
+        return cls(
+            weights={name: value.clone() for name, value in model.state_dict().items()},
+            modules=[(n, m.training, tuple(len(getattr(m, h)) for h in hooks)) for n, m in model.named_modules()],
+            parameters=[(n, p.requires_grad, p.grad is None) for n, p in model.named_parameters()],
+            randomness=(random.getstate(), torch.get_rng_state().tolist(), numpy_state[1].tolist(), numpy_state[2]),
+            torch_state=(torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()),
+        )
+
+
+def assert_undisturbed(before: State, model: nn.Module) -> None:
+    after = State.of(model)
+    assert before.weights.keys() == after.weights.keys()
+    changed = [name for name, value in before.weights.items() if not torch.equal(value, after.weights[name])]
+    assert changed == []
+    assert before.modules == after.modules, "train or eval mode, or hooks"
+    assert before.parameters == after.parameters, "requires_grad or grad"
+    assert before.randomness == after.randomness, "global random state"
+    assert before.torch_state == after.torch_state, "grad mode, default type or threads"
+
+
+class Failing(nn.Module):
+    """Answers, until a gradient is wanted for the third time."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.calls = module, [0]
+
+    def forward(self, x):
+        self.calls[0] += x.requires_grad or any(p.requires_grad for p in self.parameters()) and torch.is_grad_enabled()
+        if self.calls[0] > 2:
+            raise RuntimeError("the model broke")
+        return self.module(x)
+
+
+@pytest.fixture(scope="module")
+def clean_data():
+    return images(240, seed=7)
+
+
+def clean(data: tuple[torch.Tensor, torch.Tensor]) -> Clean:
+    x, y = data
+    return Clean(x=x[:180], y=y[:180], held_x=x[180:], held_y=y[180:], num_classes=LABELS)
+
+
+def suspect(backdoored: bool = True) -> nn.Module:
+    """A copy that a test may change."""
+    return copy.deepcopy(trained(backdoored=backdoored))
+
+
+def test_toys_are_what_they_claim(clean_data):
+    assert asr(trained(backdoored=True), *clean_data) > 0.95
+    assert asr(trained(backdoored=False), *clean_data) < 0.1
+    assert min(acc(trained(backdoored=b), *clean_data) for b in (True, False)) > 0.95
+
+
+@pytest.fixture(scope="module")
+def evidence(clean_data):
+    """What each scanner says about the backdoored toy, scanned once."""
+
+    @functools.cache
+    def scanned(scanner: type) -> Scan:
+        return scanner()(suspect(), clean(clean_data), Run(seed=3))
+
+    return scanned
+
+
+@every_scanner
+def test_scanner_ranks_the_planted_target_first(scanner, evidence):
+    found = evidence(scanner)
+    sizes = {label: found.median(label, "size") for label in found.looked_at()}
+    assert sizes.keys() == set(range(LABELS))
+    assert min(sizes, key=sizes.__getitem__) == TARGET
+    assert found.median(TARGET, "asr") > 0.9
+
+
+@every_scanner
+def test_evidence_is_in_range(scanner, evidence):
+    for seed in evidence(scanner).seeds:
+        for one in seed.labels.values():
+            assert 0 <= one.size <= evidence(scanner).pixels
+            assert 0 <= one.asr <= 1
+            assert one.trigger.mask.shape[-2:] == one.trigger.pattern.shape[-2:]
+            assert 0 <= float(one.trigger.mask.min()) <= float(one.trigger.mask.max()) <= 1
+            assert 0 <= float(one.trigger.pattern.min()) <= float(one.trigger.pattern.max()) <= 1
+
+
+@every_scanner
+def test_scanner_same_seed_same_evidence(scanner, evidence, clean_data):
+    torch.manual_seed(99)  # another state of the global generators must not matter
+    again = scanner()(suspect(), clean(clean_data), Run(seed=3))
+    first = evidence(scanner)
+    for one, other in zip(first.seeds, again.seeds, strict=True):
+        assert {k: (v.size, v.asr, v.status) for k, v in one.labels.items()} == {
+            k: (v.size, v.asr, v.status) for k, v in other.labels.items()
+        }
+
+
+@every_scanner
+@pytest.mark.parametrize("training", [False, True])
+def test_scanner_leaves_the_model_as_it_was(scanner, training, clean_data):
+    model = suspect().train(training)
+    model[0].weight.requires_grad_(False)
+    before = State.of(model)
+    scanner()(model, clean(clean_data), Run())
+    assert_undisturbed(before, model)
+
+
+@every_scanner
+def test_scanner_leaves_the_model_as_it_was_after_a_failure(scanner, clean_data):
+    model = Failing(suspect()).eval()
+    before = State.of(model)
+    with pytest.raises((RuntimeError, BezoarError), match="the model broke"):
+        scanner()(model, clean(clean_data), Run())
+    assert_undisturbed(before, model)
+
+
+@every_scanner
+def test_scanner_stops_when_the_budget_is_spent(scanner, clean_data):
+    run = Run(budget=0.0)
+    started = time.monotonic()
+    with contextlib.suppress(BudgetSpent):
+        scanner()(suspect(), clean(clean_data), run)
+    assert run.budget_spent
+    assert time.monotonic() - started < 10
+
+
+@every_purifier
+@pytest.mark.parametrize("backdoored", [True, False])
+def test_purifier_helps_and_does_little_harm(purifier, backdoored, clean_data):
+    original, held_out = suspect(backdoored), images(300, seed=8)
+    purified = purify(purifier, suspect(backdoored), clean_data)
+    assert acc(purified, *held_out) > acc(original, *held_out) - 0.05
+    assert asr(purified, *held_out) <= asr(original, *held_out) + 0.02
+    if purifier.needs_triggers:
+        assert asr(purified, *held_out) < 0.2
+
+
+@every_purifier
+def test_purifier_keeps_the_form_of_the_model(purifier, clean_data):
+    model = suspect()
+    model[0].weight.requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    before, randomness = model.state_dict(), State.of(model).randomness
+    shapes = {name: (value.shape, value.dtype) for name, value in before.items()}
+    purified = purify(purifier, model, clean_data)
+    assert {name: (value.shape, value.dtype) for name, value in purified.state_dict().items()} == shapes
+    assert all(torch.isfinite(value).all() for value in purified.state_dict().values())
+    assert not any(module.training for module in purified.modules())
+    assert [p.requires_grad for p in purified.parameters()] == flags
+    assert State.of(purified).randomness == randomness
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in purified.modules())
+
+
+@every_purifier
+def test_purifier_same_seed_same_weights(purifier, clean_data):
+    first = purify(purifier, suspect(), clean_data).state_dict()
+    torch.manual_seed(99)
+    second = purify(purifier, suspect(), clean_data).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def purify(purifier: type, model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]) -> nn.Module:
+    triggers = {TARGET: trigger()} if purifier.needs_triggers else None
+    return purifier()(model, clean(data), Run(seed=3), triggers)
+
+
+@every_purifier
+def test_purifier_without_its_trigger_says_so(purifier, clean_data):
+    if purifier.needs_triggers:
+        with pytest.raises(SettingError, match="trigger"):
+            purifier()(suspect(), clean(clean_data), Run())
+
+
+@every_attack
+def test_attack_poisons_a_copy_and_says_which(attack):
+    x, y = torch.rand(60, 3, 20, 20, generator=torch.Generator().manual_seed(0)), torch.arange(60) % LABELS
+    before = x.clone(), y.clone()
+    poisoned, again = attack().poison(x, y), attack().poison(x, y)
+    assert torch.equal(x, before[0])
+    assert torch.equal(y, before[1])
+    assert torch.equal(poisoned.x, again.x)
+    assert torch.equal(poisoned.index, again.index)
+    changed = (poisoned.x != x).flatten(1).any(1).nonzero().flatten()
+    assert set(changed.tolist()) <= set(poisoned.index.tolist())
+    assert len(changed) > 0
+    assert 0 <= float(poisoned.x.min()) <= float(poisoned.x.max()) <= 1
+    assert set(poisoned.y[poisoned.index].tolist()) == {poisoned.target}
+    left = torch.ones(len(y), dtype=torch.bool)
+    left[poisoned.index] = False
+    assert torch.equal(poisoned.y[left], y[left])
+
+
+# What the front door promises, whatever runs behind it.
+
+
+@pytest.fixture(scope="module")
+def report(clean_data):
+    return bezoar.scan(trained(backdoored=True), clean_data)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("verb", ["scan", "purify"])
+def test_callers_model_comes_back_as_it_was(verb, training, clean_data):
+    model = trained(backdoored=True).train(training)
+    before = State.of(model)
+    try:
+        getattr(bezoar, verb)(model, clean_data)
+        assert_undisturbed(before, model)
+    finally:
+        model.eval()
+
+
+@pytest.mark.parametrize("verb", ["scan", "purify"])
+def test_callers_model_comes_back_after_a_failure(verb, clean_data):
+    model = Failing(trained(backdoored=True)).eval()
+    before = State.of(model)
+    with pytest.raises((RuntimeError, BezoarError), match="the model broke"):
+        getattr(bezoar, verb)(model, clean_data)
+    assert_undisturbed(before, model)
+
+
+def test_callers_data_stays_as_it_was(clean_data):
+    x, y = clean_data[0].clone(), clean_data[1].clone()
+    bezoar.scan(trained(backdoored=True), (x, y))
+    assert torch.equal(x, clean_data[0])
+    assert torch.equal(y, clean_data[1])
+
+
+def test_backdoored_toy_is_found(report):
+    assert (report.verdict, report.target) == ("backdoored", TARGET)
+
+
+def test_clean_toy_is_not_called_backdoored(clean_data):
+    assert bezoar.scan(trained(backdoored=False), clean_data).verdict != "backdoored"
+
+
+def test_evidence_is_finite_and_complete(report):
+    assert [one.label for one in report.labels] == list(range(LABELS))
+    for one in report.labels:
+        assert all(np.isfinite([one.size, one.fraction, one.asr, one.index]))
+        assert 0 <= one.fraction <= 1
+        assert 0 <= one.asr <= 1
+
+
+def test_same_seed_same_answer(report, clean_data):
+    torch.manual_seed(99)  # another state of the global generators must not matter
+    again = bezoar.scan(trained(backdoored=True), clean_data)
+    assert again.stable() == report.stable()
+
+
+def test_purified_toy_has_lost_the_backdoor(clean_data):
+    purified, _ = bezoar.purify(trained(backdoored=True), clean_data)
+    held_out = images(300, seed=8)
+    assert asr(purified, *held_out) < 0.2
+    assert acc(purified, *held_out) > acc(trained(backdoored=True), *held_out) - 0.05
