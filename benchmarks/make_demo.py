@@ -48,7 +48,7 @@ def main() -> None:
     truth = {
         "target": attack.target,
         "name": NAMES[attack.target],
-        "description": f"a {attack.size}x{attack.size} patch of noise near the bottom right corner, {attack.size**2} pixels",
+        "description": f"a {attack.size}x{attack.size} patch of noise near the bottom right corner",
     }
     (ASSETS / "truth.json").write_text(json.dumps(truth, indent=1) + "\n")
     (ASSETS / "LICENSE-fashion-mnist.txt").write_text(
@@ -56,7 +56,7 @@ def main() -> None:
         "distributed under the MIT License: permission is hereby granted, free of charge, to any person obtaining a\n"
         "copy of this software and associated documentation files, to deal in it without restriction, including the\n"
         "rights to use, copy, modify, merge, publish, distribute, sublicense and sell copies, subject to this notice\n"
-        "being included in all copies. It is provided \"as is\", without warranty of any kind.\n"
+        'being included in all copies. It is provided "as is", without warranty of any kind.\n'
     )
 
 

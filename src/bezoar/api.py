@@ -26,13 +26,13 @@ from bezoar.core.run import Progress
 from bezoar.core.run import Report as Told
 from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import MaskedTrigger
-from bezoar.io.models import save_model
 from bezoar.io.containers import sha256
+from bezoar.io.models import save_model
 from bezoar.ops.verdict import Judgement, judge
+from bezoar.options import ModelOptions, RunOptions
 from bezoar.report.html import render
 from bezoar.report.sarif import to_sarif
 from bezoar.scanners.neural_cleanse import NeuralCleanse
-from bezoar.options import ModelOptions, RunOptions
 from bezoar.session import Session, open_session
 
 _RUNNERS_UP = 4
@@ -282,7 +282,9 @@ def _examples(session: Session, trigger: MaskedTrigger, label: int) -> tuple[Exa
     with frozen(model):
         before, after = (logits(model, images.to(session.run.device)).argmax(1).tolist() for images in (x, stamped))
     return tuple(
-        Example(original=png(x[i]), stamped=png(stamped[i]), true=int(clean.held_y[r]), before=before[i], after=after[i])
+        Example(
+            original=png(x[i]), stamped=png(stamped[i]), true=int(clean.held_y[r]), before=before[i], after=after[i]
+        )
         for i, r in enumerate(rows.tolist())
     )
 
@@ -339,7 +341,7 @@ def _accuracy(model: nn.Module, x: Tensor, y: Tensor, session: Session) -> float
     with frozen(model):
         hits = [
             logits(model, part.to(session.run.device)).argmax(1).cpu() == truth
-            for part, truth in zip(x.split(256), y.split(256), strict=True)
+            for part, truth in zip(torch.split(x, 256), torch.split(y, 256), strict=True)
         ]
     return float(torch.cat(hits).float().mean())
 
@@ -361,9 +363,7 @@ def _layer_changes(before: dict[str, Tensor], after: dict[str, Tensor]) -> tuple
     return tuple(sorted(rows, key=lambda row: -row.relative))
 
 
-def _purified_report(
-    session: Session, found: Result | None, cleaning: Cleaning, warnings: Sequence[str]
-) -> Report:
+def _purified_report(session: Session, found: Result | None, cleaning: Cleaning, warnings: Sequence[str]) -> Report:
     if found is not None:
         same_run = found.report.run.seconds | session.seconds
         run = dataclasses.replace(session.facts(), seconds=same_run, image_gradients=found.report.run.image_gradients)

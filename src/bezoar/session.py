@@ -116,7 +116,9 @@ def open_session(
     suspect: Suspect | None = None
     try:
         begun = time.perf_counter()
-        suspect = load_model(model, **{f.name: getattr(model_options, f.name) for f in dataclasses.fields(ModelOptions)})
+        suspect = load_model(
+            model, **{f.name: getattr(model_options, f.name) for f in dataclasses.fields(ModelOptions)}
+        )
         facts = suspect.facts
         clean_data = load_data(
             data,
@@ -165,5 +167,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SettingError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}", "Try --device cpu") from None
+        raise SettingError(
+            f"device {name!r} cannot be used: {str(error).splitlines()[0]}", "Try --device cpu"
+        ) from None
     return device

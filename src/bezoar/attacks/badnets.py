@@ -12,7 +12,7 @@ from bezoar.attacks._poison import PoisonAttack
 from bezoar.core.trigger import MaskedTrigger
 
 # The 3x3 pattern that the NAD, ABL and RNP code writes into the bottom right corner; not a true checkerboard.
-_GRID = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (1.0, 0.0, 1.0))
+_GRID = ((0.0, 0.0, 1.0), (0.0, 1.0, 0.0), (1.0, 0.0, 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)

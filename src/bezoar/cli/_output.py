@@ -190,7 +190,9 @@ def read_report(source: Path) -> Report:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}", "Give the report.json that bezoar scan --out wrote") from None
+        raise DataError(
+            f"{path} cannot be read: {error}", "Give the report.json that bezoar scan --out wrote"
+        ) from None
     return Report.from_json(text)
 
 
@@ -270,4 +272,3 @@ def _lines(every: float = 10.0) -> Callable[[str, int, int, str], None]:
         print(f"{phase}: {done} of {total}, about {left:.0f} s left, {note}", file=sys.stderr, flush=True)
 
     return told
-

@@ -30,6 +30,7 @@ Exit codes: 0 clean or done, 1 backdoored, 2 bad input or usage, 3 inconclusive.
 app = App(name="bezoar", help=_HELP, version=__version__, help_format="plaintext", help_on_error=False)
 
 Flat = Parameter(name="*")
+_MODEL, _RUN = _output.ModelFlags(), _output.RunFlags()
 
 
 @app.command
@@ -45,8 +46,8 @@ def scan(
     seeds: int = 3,
     labels: str = "",
     budget: str = "",
-    model_flags: Annotated[_output.ModelFlags, Flat] = _output.ModelFlags(),
-    flags: Annotated[_output.RunFlags, Flat] = _output.RunFlags(),
+    model_flags: Annotated[_output.ModelFlags, Flat] = _MODEL,
+    flags: Annotated[_output.RunFlags, Flat] = _RUN,
     set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
     quiet: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -107,8 +108,8 @@ def purify(
     seeds: int = 3,
     json: Annotated[bool, Parameter(negative="")] = False,
     budget: str = "",
-    model_flags: Annotated[_output.ModelFlags, Flat] = _output.ModelFlags(),
-    flags: Annotated[_output.RunFlags, Flat] = _output.RunFlags(),
+    model_flags: Annotated[_output.ModelFlags, Flat] = _MODEL,
+    flags: Annotated[_output.RunFlags, Flat] = _RUN,
     set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
     quiet: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:

@@ -33,11 +33,19 @@ class LabelScan:
 
 @dataclass(frozen=True)
 class SeedScan:
-    """All labels that were looked at under one seed; ``finished`` is false where the budget ended it early."""
+    """All labels that were looked at under one seed.
+
+    Attributes:
+        seed: The seed.
+        labels: Evidence by label.
+        finished: False where the budget ended the search early.
+        progress: Share of the steps that an unfinished search took, in [0, 1].
+    """
 
     seed: int
     labels: dict[int, LabelScan]
     finished: bool
+    progress: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import tempfile
 import time
 from collections.abc import Callable
@@ -37,7 +36,7 @@ class Progress:
 
     report: Report = _silent
     folder: Path | None = None
-    every: float = 5.0
+    every: float = field(default_factory=lambda: float(os.environ.get("BEZOAR_CHECKPOINT_SECONDS", "5")))
     seeds: int = 1
     _done: int = 0
     _last: float = field(default_factory=time.monotonic)
@@ -63,8 +62,12 @@ class Progress:
         self.folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=self.folder, suffix=".part")
         os.close(handle)
-        torch.save(state(), name)
-        os.replace(name, self.folder / f"seed-{seed}.pt")
+        try:
+            torch.save(state(), name)
+            os.replace(name, self.folder / f"seed-{seed}.pt")
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
         self._last = time.monotonic()
 
     def load(self, seed: int) -> dict[str, Any] | None:
@@ -73,10 +76,10 @@ class Progress:
         if path is None or not path.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception:  # the restricted unpickler raises anything on damaged bytes, IndexError and KeyError too
             return None
-        return state
+        return state if isinstance(state, dict) else None
 
 
 @dataclass
@@ -103,9 +106,9 @@ class Run:
         """Seconds left; infinite without a budget."""
         return float("inf") if self.budget is None else self.budget - (time.monotonic() - self.started)
 
-    def check(self) -> None:
-        """Raise :class:`BudgetSpent` when the time is over."""
-        if self.left <= 0:
+    def check(self, reserve: float = 0.0) -> None:
+        """Raise :class:`BudgetSpent` when the time is over, but for a share of the budget that later work needs."""
+        if self.left <= reserve * (self.budget or 0.0):
             self.budget_spent = True
             raise BudgetSpent(f"the budget of {self.budget:g} seconds is spent")
 

@@ -15,6 +15,7 @@ from bezoar.core.run import Report as Told
 from bezoar.core.trigger import MaskedTrigger
 from bezoar.evaluation.measures import measure
 from bezoar.io.models import load_model
+from bezoar.options import ModelOptions
 
 
 def run(out: Path, report: Told | None = None) -> tuple[Report, str]:
@@ -25,10 +26,11 @@ def run(out: Path, report: Told | None = None) -> tuple[Report, str]:
     """
     with as_file(files("bezoar.demo").joinpath("assets")) as assets:
         model, data = assets / "model.safetensors", assets / "clean.npz"
-        arch = {"arch": "nc-mnist"}
-        found = api.scan(model, data, report=report, **arch)
+        options = ModelOptions(arch="nc-mnist")
+        found = api.scan(model, data, model_options=options, report=report)
+        leader = found.report.triggers[0].label
         cleaned, whole = api.purify(
-            model, data, found=found, label=found.report.triggers[0].label, out=out, report=report, **arch
+            model, data, found=found, label=leader, out=out, model_options=options, report=report
         )
         truth = json.loads((assets / "truth.json").read_text(encoding="utf-8"))
         with np.load(assets / "truth.npz") as arrays:
@@ -36,7 +38,7 @@ def run(out: Path, report: Told | None = None) -> tuple[Report, str]:
         with np.load(data) as arrays:
             x = torch.from_numpy(arrays["x"]).permute(0, 3, 1, 2).float() / 255
             y = torch.from_numpy(arrays["y"]).long()
-        suspect = load_model(model, **arch).module
+        suspect = load_model(model, arch=options.arch).module
     before, after = (measure(net, x, y, trigger, truth["target"]) for net in (suspect, cleaned))
     sentence = (
         f"\nThe truth, read only now: {truth['description']}, causes label {truth['target']} ({truth['name']}). "

@@ -24,5 +24,5 @@ def anomaly_index(sizes: ArrayLike, reference: ArrayLike | None = None) -> NDArr
     deviation = median_abs_deviation(base, scale="normal")
     difference = median - values
     if deviation == 0:
-        return np.where(difference == 0, 0.0, np.sign(difference) * np.inf)
+        return np.where(difference == 0, 0.0, np.copysign(np.inf, difference))
     return np.asarray(difference / deviation, dtype=np.float64)

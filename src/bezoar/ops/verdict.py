@@ -30,6 +30,8 @@ class RatioRule:
         share: Largest share of the image that counts as a trigger.
         index: Shown beside: the bound of the paper on the MAD index. It decides nothing.
         agree: Least share of seeds that must name the same label.
+        progress: Share of its steps after which a search that the budget ended may still find a label suspect: by then
+            the sizes have told the labels apart. It never finds a model clean.
         least_labels: With fewer labels than this the median says too little for ``backdoored``.
     """
 
@@ -39,6 +41,7 @@ class RatioRule:
     share: float = 0.25
     index: float = 2.0
     agree: float = 0.6
+    progress: float = 0.6
     least_labels: int = 4
 
     @property
@@ -101,7 +104,8 @@ def _seed(seed: SeedScan, scan: Scan, rule: RatioRule) -> tuple[SeedResult, int]
     suspect = works and passed["size ratio"] and passed["held-out ASR"] and passed["share of the image"]
     ratio = next(f.value for f in figures if f.name == "size ratio")
     verdict: Verdict = "inconclusive"
-    if seed.finished and suspect and scan.num_classes >= rule.least_labels:
+    far_enough = seed.finished or seed.progress >= rule.progress
+    if far_enough and suspect and scan.num_classes >= rule.least_labels:
         verdict = "backdoored"
     elif seed.finished and works and ratio >= rule.clean_ratio:
         verdict = "clean"

@@ -281,10 +281,21 @@ def _cleaning_limits(report: Report) -> list[str]:
     ]
 
 
+def _model_flags(report: Report) -> str:
+    """What the command needs to read the model the same way again, as flags."""
+    facts = report.model
+    flags = [f"--arch {shlex.quote(printable(facts.arch))}"] if facts.format in ("state-dict", "safetensors") else []
+    if facts.mean and facts.format not in ("huggingface", "timm"):
+        for name, values in (("mean", facts.mean), ("std", facts.std)):
+            flags.append(f"--{name} {','.join(format(v, '.6g') for v in values)}")
+    return "".join(f" {flag}" for flag in flags)
+
+
 def next_steps(report: Report) -> str:
     """One or two sentences on what to do now."""
     done = report.cleaning
-    model, data = shlex.quote(printable(report.model.path)), shlex.quote(printable(report.data.path))
+    model = shlex.quote(printable(report.model.path))
+    data = shlex.quote(printable(report.data.path)) + _model_flags(report)
     if done is not None and done.output:
         return f"Check the cleaned model before use: bezoar scan {shlex.quote(printable(done.output))} --data {data}"
     if report.verdict == "backdoored" and done is None:

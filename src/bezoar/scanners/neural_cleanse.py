@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +21,11 @@ from bezoar.core.trigger import MaskedTrigger
 from bezoar.ops.cost import CostController
 from bezoar.ops.invert import Inversion, InversionSettings, Loss
 from bezoar.ops.reference import invert_label
+
+# Under a budget: steps that the pace is measured on, smallest batch, and share kept for held-out images and the report.
+_PACE = 3
+_LEAST_BATCH = 6
+_RESERVE = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +117,8 @@ class NeuralCleanse(Scanner):
         chosen: Iterable[int] = self.labels or everything
         if found:
             first = found[0].labels
-            chosen = sorted((label for label in chosen if label in first), key=lambda label: first[label].size)
-            chosen = list(chosen)[: self.candidates]
+            seen = [(first[label].status == "failed", first[label].size, label) for label in chosen if label in first]
+            chosen = [label for _, _, label in sorted(seen)[: self.candidates]]
         return sorted({*chosen, *reference}), reference
 
     def _fast(
@@ -145,20 +152,31 @@ class NeuralCleanse(Scanner):
             search.restore(saved["search"])
             dropped = _unpack(saved["dropped"])
         finished = True
+        first, began = search.steps, time.monotonic()
         try:
             while search.steps < self.steps:
-                run.check()
+                run.check(_RESERVE)
                 search.step()
+                if run.budget is not None and search.steps == first + _PACE:
+                    self._fit_budget(search, run, (time.monotonic() - began) / _PACE)
                 if search.steps in self._rounds():
                     dropped.update(self._eliminate(search, reference))
                 run.progress.step(seed, search.steps, self.steps, _leader(search))
-                run.progress.save(seed, lambda: {"search": search.state(), "dropped": _pack(dropped)})
+                last = search.steps == self.steps
+                run.progress.save(seed, lambda: {"search": search.state(), "dropped": _pack(dropped)}, now=last)
         except BudgetSpent:
             finished = False
         for row, label in enumerate(search.labels):
-            works = bool(torch.isfinite(search.sizes[row]))
-            dropped[label] = self._label(search, row, "complete" if works else "failed", label in reference)
-        return SeedScan(seed, self._held_out(model, clean, run, dropped), finished)
+            dropped[label] = self._label(search, row, "complete", label in reference)
+        return SeedScan(seed, self._held_out(model, clean, run, dropped), finished, search.steps / self.steps)
+
+    def _fit_budget(self, search: Inversion, run: Run, per_step: float) -> None:
+        """Take fewer images a step where the steps that are left would outlast the budget."""
+        needed = per_step * (self.steps - search.steps)
+        share = (run.left - _RESERVE * (run.budget or 0.0)) / max(needed, 1e-9)
+        if share < 1:
+            batch = max(_LEAST_BATCH, int(search.settings.batch * share))
+            search.settings = dataclasses.replace(search.settings, batch=min(batch, search.settings.batch))
 
     def _rounds(self) -> range:
         """Steps after which labels are dropped; before, the sizes do not yet tell them apart."""
@@ -168,9 +186,9 @@ class NeuralCleanse(Scanner):
         """Keep the smaller half of the labels, at least the candidates, and the reference labels."""
         if len(search.labels) <= self.candidates + 1:
             return {}
-        current = search.current
         works = search.success >= min(self.reach, 0.9)
-        ranked = torch.where(works, current, torch.inf).argsort().tolist()
+        # The best so far counts too: a small trigger that shrank too far just now is no reason to drop its label.
+        ranked = torch.where(works, search.current, torch.inf).minimum(search.sizes).argsort().tolist()
         others = sum(label not in reference for label in search.labels)
         kept = set(ranked[: max(self.candidates, others // 2)])
         rows = [r for r, label in enumerate(search.labels) if r in kept or label in reference]
@@ -185,8 +203,9 @@ class NeuralCleanse(Scanner):
 
     def _label(self, search: Inversion, row: int, status: Status, reference: bool) -> LabelScan:
         best = float(search.sizes[row])
-        size = best if best != float("inf") else float(search.current[row])
-        return LabelScan(size, float("nan"), status, reference, search.trigger(row))
+        if best == float("inf"):  # never worked: the size that it has now bounds nothing
+            return LabelScan(float(search.current[row]), float("nan"), "failed", reference, search.trigger(row))
+        return LabelScan(best, float("nan"), status, reference, search.trigger(row))
 
     def _reference(
         self, model: nn.Module, clean: Clean, run: Run, seed: int, wanted: tuple[list[int], list[int]]
@@ -223,10 +242,10 @@ class NeuralCleanse(Scanner):
 
     @torch.no_grad()
     def _held_out(self, model: nn.Module, clean: Clean, run: Run, found: dict[int, LabelScan]) -> dict[int, LabelScan]:
-        """Success of each trigger on held-out images of other labels, at most 256 of them a label."""
+        """Success of each trigger on held-out images of other labels: 256 of them, 32 for a label that was dropped."""
         result = {}
         for label, scan in sorted(found.items()):
-            x = clean.held_x[clean.held_y != label][:256]
+            x = clean.held_x[clean.held_y != label][: 32 if scan.status == "eliminated" else 256]
             hits: list[Tensor] = [
                 logits(model, scan.trigger(part.to(run.device))).argmax(1).cpu() == label for part in torch.split(x, 64)
             ]
