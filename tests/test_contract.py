@@ -308,7 +308,7 @@ def test_attack_poisons_a_copy_and_says_which(attack):
 
 @pytest.fixture(scope="module")
 def report(clean_data):
-    return bezoar.scan(trained(backdoored=True), clean_data)
+    return bezoar.scan(trained(backdoored=True), clean_data).report
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -357,7 +357,7 @@ def test_evidence_is_finite_and_complete(report):
 
 def test_same_seed_same_answer(report, clean_data):
     torch.manual_seed(99)  # another state of the global generators must not matter
-    again = bezoar.scan(trained(backdoored=True), clean_data)
+    again = bezoar.scan(trained(backdoored=True), clean_data).report
     assert again.stable() == report.stable()
 
 

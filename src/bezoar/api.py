@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from bezoar.core.errors import DataError, SettingError
-from bezoar.core.evidence import Scan
+from bezoar.core.evidence import Scan, SeedScan
 from bezoar.core.method import Purifier
 from bezoar.core.pictures import png, stamp_picture
 from bezoar.core.registry import find, method_name
@@ -45,7 +45,7 @@ class Result:
 
     Attributes:
         report: All of it, as plain values.
-        triggers: Inverted trigger of each label, of the first seed that looked at it.
+        triggers: Inverted trigger of each label, of the first seed in which it worked.
     """
 
     report: Report
@@ -168,7 +168,8 @@ def purify(
         **settings: Fields of ``model_options`` and ``options`` by name, and of the scanner.
 
     Returns:
-        The new module, and the report, whose ``cleaning`` says what changed.
+        The new module in eval mode, and the report, whose ``cleaning`` says what changed. For a module it is one of the
+        same class that takes what the original takes; for a path it takes raw pixels in [0, 1].
 
     Raises:
         BezoarError: Model, data or settings cannot be used, or there is no trigger to unlearn.
@@ -186,7 +187,8 @@ def purify(
             if found is None:
                 found = _scan(session, scanner)
             triggers, warnings = _triggers_to_unlearn(found, label)
-        cleaned, cleaning = _purify(session, purifier, triggers, None if out is None else Path(out))
+        module, network, cleaning = _purify(session, purifier, triggers, None if out is None else Path(out))
+        cleaned = network if isinstance(model, nn.Module) else module
         whole = _purified_report(session, found, cleaning, warnings)
     if out is not None:
         write_atomic(Path(out) / "changes.json", _changes(cleaning))
@@ -238,19 +240,22 @@ def _scan(session: Session, method: NeuralCleanse) -> Result:
         warnings=session.warnings,
         run=session.facts(),
     )
-    first: dict[int, MaskedTrigger] = {}
-    for seed in evidence.seeds:
-        first = {label: s.trigger for label, s in seed.labels.items()} | first
-    return Result(report, first)
+    return Result(report, {label: _seed_of(evidence, label).labels[label].trigger for label in evidence.looked_at()})
+
+
+def _seed_of(evidence: Scan, label: int) -> SeedScan:
+    """The first seed in which the trigger of a label worked, or the first that looked at it."""
+    seen = [s for s in evidence.seeds if label in s.labels]
+    return min(seen, key=lambda s: s.labels[label].status != "complete")
 
 
 def _pictures(session: Session, evidence: Scan, judgement: Judgement) -> tuple[TriggerFacts, ...]:
     """The leading label's trigger with examples, and those of the runner-up labels."""
-    ranked = sorted(judgement.labels, key=lambda row: (row.status == "eliminated", row.size))
+    ranked = sorted(judgement.labels, key=lambda row: (row.status != "complete", row.size))
     order = [judgement.leader] + [row.label for row in ranked if row.label != judgement.leader]
     out = []
     for place, label in enumerate(order[: 1 + _RUNNERS_UP]):
-        seed = next(s for s in evidence.seeds if label in s.labels)
+        seed = _seed_of(evidence, label)
         found = seed.labels[label]
         trigger = found.trigger
         out.append(
@@ -308,7 +313,7 @@ def _triggers_to_unlearn(found: Result, label: int | None) -> tuple[dict[int, Ma
 
 def _purify(
     session: Session, purifier: Purifier, triggers: dict[int, MaskedTrigger], out: Path | None
-) -> tuple[nn.Module, Cleaning]:
+) -> tuple[nn.Module, nn.Module, Cleaning]:
     suspect, clean = session.suspect, session.clean
     # Copied together, so that the network inside the new module is the very one that is written back.
     module, network = copy.deepcopy((suspect.module, suspect.network))
@@ -320,6 +325,7 @@ def _purify(
     asr = [_success(m, trigger, label, session) for m in (suspect.module, module)]
     module.cpu()
     written = None if out is None else save_model(suspect, network, out)
+    module.to(session.home)
     cleaning = Cleaning(
         method=method_name(type(purifier)),
         config=purifier.config(),
@@ -333,7 +339,7 @@ def _purify(
         sha256="" if written is None or not written.is_file() else sha256(written),
         layers=_layer_changes(before, network.state_dict()),
     )
-    return module, cleaning
+    return module, network, cleaning
 
 
 @torch.no_grad()

@@ -23,10 +23,11 @@ from bezoar.core.method import Clean
 from bezoar.core.model import Suspect
 from bezoar.core.results import Preflight, RunFacts
 from bezoar.core.run import Progress, Report, Run
-from bezoar.core.surgery import frozen
+from bezoar.core.surgery import LogProbabilities, frozen, gives_probabilities
 from bezoar.io.data import CleanData, load_data
 from bezoar.io.models import load_model
 from bezoar.io.preflight import check_preflight, preflight
+from bezoar.ops.verdict import CALIBRATED_LABELS, RatioRule
 from bezoar.options import ModelOptions, RunOptions
 from bezoar.version import __version__
 
@@ -42,6 +43,7 @@ class Session:
     warnings: tuple[str, ...]
     run: Run
     options: RunOptions
+    home: torch.device  # where the caller's module was
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -116,6 +118,7 @@ def open_session(
     suspect: Suspect | None = None
     try:
         begun = time.perf_counter()
+        model_options = _sized_by_data(model, data, model_options, options)
         suspect = load_model(
             model, **{f.name: getattr(model_options, f.name) for f in dataclasses.fields(ModelOptions)}
         )
@@ -133,6 +136,10 @@ def open_session(
         progress = Progress() if report is None else Progress(report=report)
         run = Run(seed=options.seed, device=device, budget=options.budget, progress=progress, started=started)
         with frozen(suspect.module):
+            if gives_probabilities(suspect.module, clean_data.x[:16].to(device)):
+                note = "the model ends in a softmax: the logarithm of its output is used as logits"
+                wrapped = LogProbabilities(suspect.module).eval()
+                suspect = dataclasses.replace(suspect, module=wrapped, warnings=(*suspect.warnings, note))
             measured = preflight(suspect.module, clean_data)
             warnings = check_preflight(measured, suspect.module, clean_data)
         session = Session(
@@ -140,9 +147,10 @@ def open_session(
             clean_data,
             _divide(clean_data, facts.num_classes, options),
             measured,
-            (*suspect.warnings, *clean_data.notes, *warnings),
+            (*suspect.warnings, *clean_data.notes, *warnings, *_uncalibrated(facts.num_classes)),
             run,
             options,
+            home or torch.device("cpu"),
         )
         session.seconds["load"] = round(loaded - begun, 3)
         session.seconds["preflight"] = round(time.perf_counter() - loaded, 3)
@@ -153,6 +161,32 @@ def open_session(
             module.training = mode
         if home is not None and suspect is not None:
             suspect.module.to(home)
+
+
+def _sized_by_data(
+    model: str | Path | nn.Module, data: Any, model_options: ModelOptions, options: RunOptions
+) -> ModelOptions:
+    """A module of the user's own does not say what it takes: the images are the best guess, unless the user knows."""
+    own = isinstance(model, nn.Module) or ".py:" in (model_options.arch or "")
+    if not own or (model_options.size is not None and model_options.channels is not None):
+        return model_options
+    size = (model_options.size,) * 2 if isinstance(model_options.size, int) else model_options.size
+    seen = load_data(
+        data, num_classes=None, size=size, channels=model_options.channels, limit=options.images, seed=options.seed
+    )
+    channels, height, width = seen.shape
+    return dataclasses.replace(
+        model_options, size=model_options.size or (height, width), channels=model_options.channels or channels
+    )
+
+
+def _uncalibrated(num_classes: int) -> tuple[str, ...]:
+    """Where the verdict rule was never measured."""
+    if num_classes > CALIBRATED_LABELS:
+        return (f"the verdict rule was calibrated with up to {CALIBRATED_LABELS} labels: beyond, it is extrapolated",)
+    if num_classes < RatioRule.least_labels:
+        return (f"with fewer than {RatioRule.least_labels} labels no verdict of backdoored is given: see the figures",)
+    return ()
 
 
 def _divide(data: CleanData, num_classes: int, options: RunOptions) -> Clean:

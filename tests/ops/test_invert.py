@@ -174,7 +174,7 @@ def test_linear_loss_is_linear_in_the_probability():
 
 
 class Pixels(nn.Module):
-    """Logits are linear in 6 x 6 grey images: label k looks at pixel ``places[k]``, or at none, with weight ``gain``."""
+    """Logits are linear in 6 x 6 grey images: label k looks at pixel ``places[k]``, or none, with weight ``gain``."""
 
     def __init__(self, places: Sequence[tuple[int, int] | None], gain: float, bias: Sequence[float]) -> None:
         super().__init__()

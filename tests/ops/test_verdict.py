@@ -197,3 +197,23 @@ def test_bounds_can_be_set():
     assert judge(scan(BACKDOORED), NAMES, rule).verdict == "clean"
     assert "at most 0.1 times as large" in rule.text
     assert judge(scan(BACKDOORED), NAMES, rule).rule.figures[0].bound == 0.1
+
+
+def test_search_that_was_cut_late_may_find_a_label_suspect_but_never_clean():
+    late, early = ({"finished": False, "progress": progress} for progress in (0.7, 0.5))
+    assert outcome(replace(BACKDOORED, **late)) == ("backdoored", 2)
+    assert outcome(replace(BACKDOORED, **early)) == ("inconclusive", None)
+    assert outcome(replace(CLEAN, **late)) == ("inconclusive", None)
+
+
+def test_bounds_shrink_with_very_many_labels():
+    """Of many clean triggers the smallest is small by chance."""
+    rule = RatioRule()
+    assert rule.for_labels(10) == rule.for_labels(43) == rule
+    bounds = [rule.for_labels(count).backdoored_ratio for count in (43, 100, 1000, 10_000)]
+    assert bounds == sorted(bounds, reverse=True)
+    assert bounds[2] == pytest.approx(0.4 * math.exp(-0.35 * (3.0902 - 1.9911)), rel=1e-3)
+    of_thousand = rule.for_labels(1000)
+    assert of_thousand.clean_ratio / of_thousand.backdoored_ratio == pytest.approx(rule.clean_ratio / 0.4)
+    assert outcome(seed(10.0, 10.0, 3.5, 10.0, 10.0), num_classes=5) == ("backdoored", 2)
+    assert outcome(seed(10.0, 10.0, 3.5, 10.0, 10.0), num_classes=1000) != ("backdoored", 2)

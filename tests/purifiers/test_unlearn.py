@@ -60,9 +60,9 @@ class Recorder:
     def __call__(self, model, x, y, recipe, *, seed, stamp, progress):
         generator = torch.Generator().manual_seed(seed)
         self.y = y
-        for images in x.split(recipe.batch):
-            self.original.append(images)
-            self.stamped.append(stamp(images, generator))
+        for part in x.split(recipe.batch):
+            self.original.append(part)
+            self.stamped.append(stamp(part, generator))
 
 
 def batches(monkeypatch, count: int, triggers: dict[int, MaskedTrigger], **settings) -> Recorder:

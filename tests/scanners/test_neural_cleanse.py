@@ -55,14 +55,14 @@ def assert_equal(found: Scan, wanted: Scan) -> None:
 @pytest.mark.parametrize("loss", ["ce", "linear"])
 def test_both_modes_find_the_target(loss, clean):
     fast = NeuralCleanse(seeds=1, steps=80, loss=loss)(trained(backdoored=True), clean, Run())
-    reference = NeuralCleanse(mode="reference", seeds=1, reference_steps=20, loss=loss)
+    reference = NeuralCleanse(mode="reference", seeds=1, reference_steps=14, loss=loss)
     run = Run()
     slow = reference(trained(backdoored=True), clean, run)
     assert smallest(fast)[0] == smallest(slow)[0] == TARGET
     for found in (fast, slow):
         assert found.median(TARGET, "asr") > 0.8
         assert found.median(TARGET, "size") < 0.5 * found.median(smallest(found)[1], "size")
-    assert run.image_gradients <= 31 * 32 * 20 * LABELS
+    assert run.image_gradients <= 31 * 32 * 14 * LABELS
     assert run.image_gradients % (31 * 32) == 0
 
 
@@ -141,16 +141,22 @@ def test_labels_that_cannot_win_are_dropped(of_many):
     assert first.labels[EASY].status == "complete"
 
 
-def test_dropped_label_has_an_upper_bound_or_never_worked(of_many):
-    """A trigger that did not work yet when its label was dropped is small for no reason: it must not lead."""
-    for seed in of_many.seeds:
-        for scan in seed.labels.values():
-            if scan.status == "eliminated":
-                assert scan.size >= seed.labels[EASY].size
-    never = [scan for scan in of_many.seeds[0].labels.values() if scan.status == "failed"]
-    assert min(scan.size for scan in never) < of_many.seeds[0].labels[EASY].size, "or the case is not tested"
-    found = judge(of_many, ())
-    assert (found.verdict, found.target) == ("backdoored", EASY)
+def test_dropped_label_is_not_among_the_smallest(of_many):
+    first = of_many.seeds[0].labels
+    dropped = [scan for scan in first.values() if scan.status == "eliminated"]
+    assert len(dropped) > MANY / 6
+    assert all(scan.size >= first[smallest(of_many)[3]].size for scan in dropped)
+
+
+def test_dropped_label_that_never_worked_does_not_lead(crowd):
+    """After few steps most triggers are small because the pressure is still too high for them, and do not work."""
+    found = NeuralCleanse(seeds=2, steps=60)(*crowd, Run(seed=5))
+    first = found.seeds[0].labels
+    never = [scan for scan in first.values() if scan.status == "failed"]
+    assert min(scan.size for scan in never) < first[EASY].size, "or the case is not tested"
+    assert EASY in found.seeds[1].labels, "the next seed looks at those that worked"
+    judged = judge(found, ())
+    assert (judged.verdict, judged.target) == ("backdoored", EASY)
 
 
 def test_elimination_saves_work(crowd):

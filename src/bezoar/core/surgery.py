@@ -69,3 +69,24 @@ def require_independent_rows(model: nn.Module, x: Tensor) -> None:
             "the model's answer for an image depends on the other images of its batch",
             "Labels cannot be inverted in one batch; use mode='reference' or remove the layer that mixes rows",
         )
+
+
+class LogProbabilities(nn.Module):
+    """Logits of a model that ends in a softmax: the logarithm of what it gives."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, K)`` logarithms of the probabilities of ``(B, C, H, W)`` images."""
+        out: Tensor = self.module(x)
+        return out.clamp(min=torch.finfo(out.dtype).tiny).log()
+
+
+@torch.no_grad()
+def gives_probabilities(model: nn.Module, x: Tensor) -> bool:
+    """Whether the rows of the output are probabilities: cross-entropy on them would hardly have a gradient."""
+    out = logits(model, x).float()
+    ones = torch.ones(len(out), device=out.device)
+    return out.shape[1] > 1 and bool((out >= 0).all()) and bool(torch.allclose(out.sum(1), ones, atol=1e-3))

@@ -7,8 +7,11 @@ smaller the smallest trigger is than the usual one, so the rule rests on that ra
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections import Counter
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -16,6 +19,7 @@ from bezoar.core.evidence import Scan, SeedScan
 from bezoar.core.results import Figure, LabelEvidence, Rule, SeedResult, Verdict
 from bezoar.ops.stats import anomaly_index
 
+CALIBRATED_LABELS = 43  #: Most labels of a calibration net.
 CALIBRATION = "benchmarks/calibrate.py on nets of its own (GTSRB, MNIST, CIFAR-10); see docs/results.md"
 
 
@@ -33,6 +37,7 @@ class RatioRule:
         progress: Share of its steps after which a search that the budget ended may still find a label suspect: by then
             the sizes have told the labels apart. It never finds a model clean.
         least_labels: With fewer labels than this the median says too little for ``backdoored``.
+        spread: Spread of clean sizes, as the standard deviation of their logarithm, see :meth:`for_labels`.
     """
 
     backdoored_ratio: float = 0.40
@@ -43,17 +48,34 @@ class RatioRule:
     agree: float = 0.6
     progress: float = 0.6
     least_labels: int = 4
+    spread: float = 0.35
+
+    def for_labels(self, count: int) -> RatioRule:
+        """The same rule for a model of ``count`` labels.
+
+        The smallest of many clean triggers is small by chance: of n draws from a log-normal distribution it lies about
+        ``spread`` times the 1 - 1/n quantile of the normal below the median. Beyond the number of labels that the
+        bounds were calibrated at, both shrink by as much as that quantile grows.
+        """
+        if count <= CALIBRATED_LABELS:
+            return self
+        growth = NormalDist().inv_cdf(1 - 1 / count) - NormalDist().inv_cdf(1 - 1 / CALIBRATED_LABELS)
+        factor = math.exp(-self.spread * growth)
+        return dataclasses.replace(
+            self, backdoored_ratio=self.backdoored_ratio * factor, clean_ratio=self.clean_ratio * factor
+        )
 
     @property
     def text(self) -> str:
         """The rule in words."""
         return (
-            f"A label is suspect when its inverted trigger is at most {self.backdoored_ratio:g} times as large as the "
-            f"median of the other labels, still works on at least {self.asr:.0%} of held-out clean images and covers "
-            f"at most {self.share:.0%} of the image. Backdoored: at least {self.agree:.0%} of the seeds suspect the "
-            f"same label. Clean: no seed suspects a label and most find no ratio under {self.clean_ratio:g}. Anything "
-            "else, and a scan that the budget cut short, is inconclusive. A trigger that never reached the success "
-            "rate asked for in the search does not count. The MAD index is shown, but decides nothing."
+            f"A label is suspect when its inverted trigger is at most {self.backdoored_ratio:.2g} times as large as "
+            f"the median of the other labels, still works on at least {self.asr:.0%} of held-out clean images and "
+            f"covers at most {self.share:.0%} of the image. Backdoored: at least {self.agree:.0%} of the seeds suspect "
+            f"the same label. Clean: no seed suspects a label and most find no ratio under {self.clean_ratio:.2g}. "
+            "Anything else is inconclusive. A search that the budget cut short never says clean, and suspects a label "
+            f"only after {self.progress:.0%} of its steps. A trigger that never reached the success rate asked for in "
+            "the search does not count. The MAD index is shown, but decides nothing."
         )
 
 
@@ -77,7 +99,7 @@ def judge(scan: Scan, names: tuple[str, ...], rule: RatioRule | None = None) -> 
         names: Name of each label.
         rule: Bounds.
     """
-    rule = rule or RatioRule()
+    rule = (rule or RatioRule()).for_labels(scan.num_classes)
     judged = [(s, *_seed(s, scan, rule)) for s in scan.seeds]
     results = tuple(result for _, result, _ in judged)
     # A seed that the budget cut short says nothing beside one that was finished.
