@@ -17,6 +17,7 @@ STUDIES: dict[str, list[str]] = {
     "victims-calibration": ["victims.py", "--part", "calibration"],
     "victims-report": ["victims.py", "--part", "report"],
     "verdicts-calibration": ["verdicts.py", "--part", "calibration", "--seeds", "2"],
+    "calibrate": ["calibrate.py"],
     "verdicts-published": ["verdicts.py", "--part", "published", "--seeds", "5"],
     "verdicts-report": ["verdicts.py", "--part", "report", "--seeds", "5"],
     "speed": ["speed.py"],

@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py --labels 10 43 100 1000
 
-The cost does not depend on what the weights are, so the nets are untrained: WRN-16-1 on 32x32 images, one seed. Each
-size runs in a process of its own, so that its peak memory is its own.
+The cost does not depend on what the weights are, so the nets are untrained: the MNIST net of Neural Cleanse on 28x28
+images, one seed. Each size runs in a process of its own, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def one(labels: int, threads: int) -> dict[str, float]:
 
     from bezoar.core.method import Clean
     from bezoar.core.run import Run
-    from bezoar.nets.wide_resnet import WideResNet
+    from bezoar.nets.neural_cleanse import MnistNet
     from bezoar.scanners.neural_cleanse import NeuralCleanse
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = WideResNet(16, 1, labels)
+    model = MnistNet(labels)
     count = max(500, 2 * labels)
-    x, y = torch.rand(count, 3, 32, 32), torch.arange(count) % labels
+    x, y = torch.rand(count, 1, 28, 28), torch.arange(count) % labels
     clean = Clean(
         x=x[: count // 2], y=y[: count // 2], held_x=x[count // 2 :], held_y=y[count // 2 :], num_classes=labels
     )

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from bezoar.core.method import Clean, Purifier
+from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.core.trigger import MaskedTrigger
-from bezoar.ops.fit import Recipe, fit
+from bezoar.ops.fit import fit
+from bezoar.purifiers._tuning import Tuning
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(Purifier):
+class Finetune(Tuning):
     """Train all weights on the clean images with cross-entropy.
 
     Args:
@@ -24,40 +25,14 @@ class Finetune(Purifier):
         weight_decay: L2 penalty.
         pad: Random crop after padding by this many pixels.
         flip: Random horizontal flip; off by default, since signs, digits and text must not be mirrored.
-        clip: Largest gradient norm.
+        clip: Largest gradient norm; 0 switches clipping off.
 
     References:
         Wu et al., "BackdoorBench", NeurIPS 2022, defence ``ft`` (SGD 0.01, cosine, weight decay 5e-4).
     """
 
-    epochs: int = 20
-    lr: float = 0.01
-    batch: int = 64
-    weight_decay: float = 5e-4
-    pad: int = 2
-    flip: bool = False
-    clip: float = 5.0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch"):
-            self.require(name, getattr(self, name) >= 1, "at least 1")
-        self.require("lr", self.lr >= 0, "at least 0")
-
-    def recipe(self) -> Recipe:
-        """The training recipe."""
-        return Recipe(
-            epochs=self.epochs,
-            lr=self.lr,
-            batch=self.batch,
-            weight_decay=self.weight_decay,
-            schedule="cosine",
-            pad=self.pad,
-            flip=self.flip,
-            clip=self.clip,
-        )
-
     def purify(self, model: nn.Module, clean: Clean, run: Run, triggers: dict[int, MaskedTrigger]) -> nn.Module:
-        """See :class:`Purifier`; the triggers are not used."""
+        """See :class:`bezoar.core.method.Purifier`; the triggers are not used."""
         del triggers
         fit(model, clean.x, clean.y, self.recipe(), seed=run.seed, progress=run.progress.training)
         return model

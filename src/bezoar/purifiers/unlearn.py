@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bezoar.core.method import Clean, Purifier
+from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.core.trigger import MaskedTrigger
-from bezoar.ops.fit import Recipe, fit
+from bezoar.ops.fit import fit
+from bezoar.purifiers._tuning import Tuning
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unlearn(Purifier):
+class Unlearn(Tuning):
     """Fine-tune while part of the images carry the inverted trigger with their true labels.
 
     The paper trains one epoch on a tenth of the training set; from a few hundred clean images the same number of
@@ -30,7 +31,7 @@ class Unlearn(Purifier):
             unlearned is then the direction, not one exact picture. 1 is the paper's.
         pad: Random crop after padding by this many pixels, before the trigger is stamped.
         flip: Random horizontal flip, before the trigger is stamped.
-        clip: Largest gradient norm.
+        clip: Largest gradient norm; 0 switches clipping off.
 
     References:
         Wang et al., "Neural Cleanse", IEEE S&P 2019, section VI-C.
@@ -38,25 +39,18 @@ class Unlearn(Purifier):
 
     needs_triggers = True
 
-    share: float = 0.2
     epochs: int = 10
     lr: float = 0.02
-    batch: int = 64
-    weight_decay: float = 5e-4
+    share: float = 0.2
     jitter: float = 1.0
-    pad: int = 2
-    flip: bool = False
-    clip: float = 5.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch"):
-            self.require(name, getattr(self, name) >= 1, "at least 1")
+        super().__post_init__()
         self.require("share", 0 < self.share <= 1, "in (0, 1]")
         self.require("jitter", 0 < self.jitter <= 1, "in (0, 1]")
-        self.require("lr", self.lr >= 0, "at least 0")
 
     def purify(self, model: nn.Module, clean: Clean, run: Run, triggers: dict[int, MaskedTrigger]) -> nn.Module:
-        """See :class:`Purifier`."""
+        """See :class:`bezoar.core.method.Purifier`."""
         chosen = list(triggers.values())
 
         def stamp(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -70,15 +64,5 @@ class Unlearn(Purifier):
                 out[rows] = (1 - weight) * x[rows] + weight * trigger(x[rows])
             return out
 
-        recipe = Recipe(
-            epochs=self.epochs,
-            lr=self.lr,
-            batch=self.batch,
-            weight_decay=self.weight_decay,
-            schedule="cosine",
-            pad=self.pad,
-            flip=self.flip,
-            clip=self.clip,
-        )
-        fit(model, clean.x, clean.y, recipe, seed=run.seed, stamp=stamp, progress=run.progress.training)
+        fit(model, clean.x, clean.y, self.recipe(), seed=run.seed, stamp=stamp, progress=run.progress.training)
         return model

@@ -1,0 +1,48 @@
+"""What the bounds of the verdict rule rest on: size ratios of the calibration nets, clean and backdoored.
+
+    python benchmarks/verdicts.py --part calibration --seeds 2
+    python benchmarks/calibrate.py
+
+Prints the highest ratio of a backdoored net's target label, the lowest ratio of any label of a clean net, and how often
+the rule errs on the calibration nets. The bounds were set by hand between the two, and are not fitted further.
+"""
+
+from __future__ import annotations
+
+import math
+
+from verdicts import read
+
+from bezoar.ops.verdict import RatioRule
+
+
+def upper_bound(errors: int, count: int, z: float = 1.645) -> float:
+    """One-sided 95 % Wilson bound of an error rate."""
+    rate = errors / count
+    middle = rate + z * z / (2 * count)
+    half = z * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
+    return (middle + half) / (1 + z * z / count)
+
+
+def main() -> None:
+    rows = [r for r in read() if r["part"] == "calibration"]
+    clean = [r for r in rows if r["truth"] is None]
+    planted = [r for r in rows if r["truth"] is not None]
+    rule = RatioRule()
+    print(f"{len({r['name'] for r in clean})} clean nets, {len(clean)} scans: lowest ratio", end=" ")
+    print(f"{min(float(str(r['ratio'])) for r in clean):.3f}")
+    right = [r for r in planted if r["leader"] == r["truth"]]
+    print(
+        f"{len({r['name'] for r in planted})} backdoored nets, {len(planted)} scans, target first in {len(right)}:",
+        end=" ",
+    )
+    print(f"highest ratio {max(float(str(r['ratio'])) for r in right):.3f}")
+    print(f"bounds: backdoored at most {rule.backdoored_ratio}, clean at least {rule.clean_ratio}")
+    alarms = sum(r["verdict"] == "backdoored" for r in clean)
+    missed = sum(r["target"] != r["truth"] for r in planted)
+    print(f"false alarms: {alarms} of {len(clean)} scans, upper bound {upper_bound(alarms, len(clean)):.0%}")
+    print(f"not found: {missed} of {len(planted)} scans, upper bound {upper_bound(missed, len(planted)):.0%}")
+
+
+if __name__ == "__main__":
+    main()
