@@ -44,7 +44,7 @@ def main() -> None:
             found = asdict(measure(model, split.test_x[rest], split.test_y[rest], trigger, case.target or 0))
             return {k: round(v, 4) for k, v in found.items()}
 
-        found = scan(case.path, images, seed=seed, **case.settings)
+        found = scan(case.path, images, seed=seed, seeds=1, **case.settings)
         kept = {"seed": seed, "verdict": found.verdict, "target": found.target}
         kept["before"] = measured(load_model(case.path, **case.settings).module)
         for method in ("unlearn", "finetune"):

@@ -32,6 +32,7 @@ from bezoar.ops.verdict import Judgement, judge
 from bezoar.options import ModelOptions, RunOptions
 from bezoar.report.html import render
 from bezoar.report.sarif import to_sarif
+from bezoar.report.wording import sentence
 from bezoar.scanners.neural_cleanse import NeuralCleanse
 from bezoar.session import Session, open_session
 
@@ -61,6 +62,9 @@ class Result:
     def target(self) -> int | None:
         """The attacker's label, or None."""
         return self.report.target
+
+    def __repr__(self) -> str:
+        return f"Result(verdict={self.verdict!r}, target={self.target!r}, triggers of {len(self.triggers)} labels)"
 
     def save(self, folder: str | Path) -> Path:
         """Write ``report.json``, ``report.html``, ``report.sarif`` and ``triggers.safetensors``.
@@ -240,6 +244,7 @@ def _scan(session: Session, method: NeuralCleanse) -> Result:
         warnings=session.warnings,
         run=session.facts(),
     )
+    report = dataclasses.replace(report, summary=sentence(report))
     return Result(report, {label: _seed_of(evidence, label).labels[label].trigger for label in evidence.looked_at()})
 
 
@@ -298,7 +303,8 @@ def _triggers_to_unlearn(found: Result, label: int | None) -> tuple[dict[int, Ma
     if label is not None:
         if label not in found.triggers:
             raise SettingError(f"the scan has no trigger of label {label}", f"There are: {sorted(found.triggers)}")
-        return {label: found.triggers[label]}, ()
+        other = () if found.target in (None, label) else (f"the scan suspects label {found.target}, not {label}",)
+        return {label: found.triggers[label]}, other
     if found.target is not None:
         return {found.target: found.triggers[found.target]}, ()
     if found.verdict == "clean":

@@ -54,6 +54,8 @@ class RunOptions:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        if self.budget is not None and not isinstance(self.budget, int | float):
+            raise SettingError(f"budget must be a number of seconds, got {self.budget!r}")
         for name, valid, rule in (
             ("images", self.images >= 2, "at least 2"),
             ("held_out", 0 < self.held_out < 1, "in (0, 1)"),

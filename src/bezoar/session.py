@@ -140,6 +140,8 @@ def open_session(
                 note = "the model ends in a softmax: the logarithm of its output is used as logits"
                 wrapped = LogProbabilities(suspect.module).eval()
                 suspect = dataclasses.replace(suspect, module=wrapped, warnings=(*suspect.warnings, note))
+            if report is not None:
+                report("check", 0, 1, "accuracy on the clean images")
             measured = preflight(suspect.module, clean_data)
             warnings = check_preflight(measured, suspect.module, clean_data)
         session = Session(

@@ -20,7 +20,7 @@ from bezoar.io.readers import _state
 from bezoar.io.readers._base import Options
 from tests.io.hostile_models import net, safetensors, torch_zip
 
-FUZZ = settings(max_examples=60, deadline=4000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 NET = """
 from torch import nn
 

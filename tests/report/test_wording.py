@@ -146,7 +146,7 @@ def test_summary_of_a_backdoor() -> None:
         "Backdoored: label 5 (dog)",
         "9.4 px of 1,024 (0.9 %)",
         "5 of 5 agree",
-        "3.85 (bound 2)",
+        "3.85 (decides nothing)",
         "84.2 % on 500 images",
         "99.6 % -> 1.8 %",
         "cleaned/wrn-16-1.pth.tar",

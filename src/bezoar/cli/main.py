@@ -27,7 +27,14 @@ images: it says whether the model is backdoored and for which label, shows the t
 Exit codes: 0 clean or done, 1 backdoored, 2 bad input or usage, 3 inconclusive.
 """
 
-app = App(name="bezoar", help=_HELP, version=__version__, help_format="plaintext", help_on_error=False)
+app = App(
+    name="bezoar",
+    help=_HELP,
+    version=__version__,
+    help_format="plaintext",
+    help_on_error=False,
+    suppress_keyboard_interrupt=False,
+)
 
 Flat = Parameter(name="*")
 _MODEL, _RUN = _output.ModelFlags(), _output.RunFlags()
@@ -224,13 +231,13 @@ def main(tokens: list[str] | None = None) -> Any:
         code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         print(f"error: {error}", file=sys.stderr)
-        print("  See bezoar --help", file=sys.stderr)
+        print("  See bezoar --help, and bezoar COMMAND --help", file=sys.stderr)
         sys.exit(2)
     except BezoarError as error:
         _output.print_error(error)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
+        print("\ninterrupted: the same command goes on from its last checkpoint", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,32 @@ class Normalized(nn.Module):
         """Raw pixels ``(B, C, H, W)`` in [0, 1] to what the network makes of them, normalised."""
         logits: Tensor = self.module((x - self.mean.to(x)) / self.std.to(x))
         return logits
+
+
+class Logits(nn.Module):
+    """A module of the user's own, made to take float32 images and to give its logits alone, as float32.
+
+    Unpacks what has ``logits`` as an attribute or a key, and a tuple or list whose first entry is a tensor.
+
+    Args:
+        module: Takes images of any floating-point type.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Any:
+        """Logits as float32; whatever cannot be unpacked is handed on, so that the caller can name it."""
+        anchor = next((p for p in self.module.parameters() if p.is_floating_point()), x)
+        out = self.module(x.to(anchor.dtype))
+        if isinstance(out, Mapping):
+            out = out.get("logits", out)
+        elif isinstance(getattr(out, "logits", None), Tensor):
+            out = out.logits
+        elif isinstance(out, list | tuple) and out and isinstance(out[0], Tensor):
+            out = out[0]
+        return out.float() if isinstance(out, Tensor) else out
 
 
 class Origin(Protocol):

@@ -71,6 +71,24 @@ def require_independent_rows(model: nn.Module, x: Tensor) -> None:
         )
 
 
+def require_gradient(model: nn.Module, x: Tensor) -> None:
+    """Refuse a model whose output has no gradient with respect to its input.
+
+    Raises:
+        UnsupportedModel: It has none.
+    """
+    hint = "Remove torch.no_grad, detach and NumPy from its forward"
+    try:
+        with torch.enable_grad():
+            out = logits(model, x.detach().clone().requires_grad_())
+    except RuntimeError as error:
+        if "requires grad" not in str(error):
+            raise
+        raise UnsupportedModel("the model leaves torch on the way to its output", hint) from None
+    if not out.requires_grad:
+        raise UnsupportedModel("the model's output has no gradient with respect to its input", hint)
+
+
 class LogProbabilities(nn.Module):
     """Logits of a model that ends in a softmax: the logarithm of what it gives."""
 

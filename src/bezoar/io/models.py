@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bezoar.core.errors import BezoarError, ModelError, SettingError
-from bezoar.core.model import Normalized, Suspect
+from bezoar.core.model import Logits, Normalized, Suspect
 from bezoar.core.results import ModelFacts
 from bezoar.io import readers
 from bezoar.io.arch import COMMON_SIZES, MAX_CHANNELS, Size
@@ -140,7 +140,9 @@ def _values(given: Sequence[float] | float | None) -> tuple[float, ...] | None:
 
 
 def _from_python(module: nn.Module) -> Loaded:
-    return Loaded(network=module.eval(), format="module", arch=type(module).__name__, origin=_ModuleOrigin())
+    return Loaded(
+        network=module.eval(), format="module", arch=type(module).__name__, origin=_ModuleOrigin(), wrap=Logits
+    )
 
 
 class _ModuleOrigin:

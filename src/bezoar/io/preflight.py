@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,10 @@ from bezoar.core.results import Preflight
 from bezoar.io.data import CleanData
 
 #: Share of the way from guessing to perfect below which the model counts as guessing: 0.28 of 10 classes, 0.6 of 2.
+#: Gain in accuracy from undoing a usual mistake above which the model was certainly fed wrongly.
+WRONG = 0.2
+# Seconds for trying them.
+_PATIENCE = 30.0
 STOP = 0.2
 #: The same for a warning: 0.6 of 10 classes.
 WARN = 0.555
@@ -64,8 +69,9 @@ def check_preflight(result: Preflight, module: nn.Module, data: CleanData) -> tu
     The measure is how far the accuracy is on the way from guessing to perfect, (ACC - chance) / (1 - chance), so that
     2 classes and 1,000 are judged alike. Below 0.2 (ACC 0.28 of 10 classes, 0.6 of 2), or where the 99 % interval
     (Wilson) reaches down to chance, it is an error; below 0.555 (0.6 of 10 classes), or where few images leave it open,
-    a warning. Before an error the usual mistakes are tried out: other normalisations, pixels in [0, 255], BGR, inverted
-    or turned images, and another order of the labels (fitted on one half of the images, scored on the other).
+    a warning, or an error where one of the usual mistakes explains it by more than 20 points: the model would be judged
+    by answers that it was not trained to give. These are tried out: other normalisations, pixels in [0, 255], BGR,
+    inverted or turned images, and another order of the labels (fitted on one half of the images, scored on the other).
 
     Args:
         result: From :func:`preflight`.
@@ -76,7 +82,7 @@ def check_preflight(result: Preflight, module: nn.Module, data: CleanData) -> tu
         Warnings, in plain words.
 
     Raises:
-        DataError: The model does no better than guessing.
+        DataError: The model does no better than guessing, or is certainly fed wrongly.
     """
     stop = result.chance + STOP * (1 - result.chance)
     low = wilson_low(result.acc, result.count)
@@ -87,7 +93,10 @@ def check_preflight(result: Preflight, module: nn.Module, data: CleanData) -> tu
         raise DataError(message, found or _causes(result, low, stop))
     warnings = []
     if result.acc < result.chance + WARN * (1 - result.chance):
-        found = diagnose(module, data, result.acc)
+        found, better = _diagnosis(module, data, result.acc)
+        if better - result.acc > WRONG:
+            message = f"the model is right on only {_percent(result.acc)} of {result.count} clean images"
+            raise DataError(f"{message}: it is fed in a way that it was not trained for", found)
         text = f"the model is right on only {_percent(result.acc)} of the clean images"
         warnings.append(f"{text}. {found or 'Check the normalisation, the size and the order of the labels'}")
     elif low < stop:
@@ -103,7 +112,12 @@ def wilson_low(rate: float, count: int) -> float:
 
 
 def diagnose(module: nn.Module, data: CleanData, acc: float) -> str:
-    """Try the usual mistakes on some of the images.
+    """What would lift the accuracy most and to what, or "" where no usual mistake explains it; see below."""
+    return _diagnosis(module, data, acc)[0]
+
+
+def _diagnosis(module: nn.Module, data: CleanData, acc: float) -> tuple[str, float]:
+    """Try the usual mistakes on some of the images, for at most half a minute.
 
     Args:
         module: The model; where it is a :class:`Normalized`, other normalisations take the place of its own.
@@ -112,7 +126,7 @@ def diagnose(module: nn.Module, data: CleanData, acc: float) -> str:
 
     Returns:
         What would lift the accuracy most and to what, or "" where nothing lifts it by at least 10 points and clear of
-        guessing.
+        guessing; and that accuracy.
     """
     count = min(max(_TRIED[0], 4 * data.num_classes), _TRIED[1])
     some = data.take(torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count])
@@ -120,7 +134,10 @@ def diagnose(module: nn.Module, data: CleanData, acc: float) -> str:
     truth = some.y.numpy()
     chance = float(np.bincount(truth).max() / len(truth))
     best_acc, best_text = max(acc + 0.1, chance + STOP * (1 - chance)), ""
+    started = time.monotonic()
     for attempt in _attempts(data.shape[0], module):
+        if time.monotonic() - started > _PATIENCE:
+            break
         try:
             predicted = _predictions(network, attempt.images(some.x), 128)
         except ModelError:
@@ -132,7 +149,7 @@ def diagnose(module: nn.Module, data: CleanData, acc: float) -> str:
         order, right = _reordered(predicted, truth)
         if right > best_acc + 0.1 and wilson_low(right, len(truth) // 2) > chance:
             best_acc, best_text = right, _order_advice(order, attempt.advice)
-    return f"{best_text}accuracy is {_percent(best_acc)}" if best_text else ""
+    return (f"{best_text}accuracy is {_percent(best_acc)}", best_acc) if best_text else ("", acc)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ class DeepID(nn.Module):
         self.conv_2 = nn.Conv2d(20, 40, 3)
         self.conv_3 = nn.Conv2d(40, 60, 3)
         self.conv_4 = nn.Conv2d(60, 80, 2)
-        with torch.no_grad():
-            third, fourth = self._maps(torch.zeros(1, channels, height, width))
-        self.fc_1 = nn.Linear(third.numel(), 160)
-        self.fc_2 = nn.Linear(fourth.numel(), 160)
+        # Each convolution cuts off its size less one, each pooling halves.
+        rows, columns = ((((side - 3) // 2 - 2) // 2 - 2) // 2 for side in (height, width))
+        self.fc_1 = nn.Linear(60 * rows * columns, 160)
+        self.fc_2 = nn.Linear(80 * (rows - 1) * (columns - 1), 160)
         self.output = nn.Linear(160, num_classes)
 
     def _maps(self, x: Tensor) -> tuple[Tensor, Tensor]:

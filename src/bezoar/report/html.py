@@ -89,7 +89,7 @@ def _context(report: Report) -> dict[str, Any]:
         "sentence": re.sub(r"(?<=\d) (?=(%|px)(\W|$))", "\N{NO-BREAK SPACE}", wording.sentence(report)),
         "suspect": suspect,
         "pixel_count": report.model.height * report.model.width,
-        "index_bound": wording.index_bound(report),
+        "size_ratio": wording.size_ratio(report),
         "band": wording.band(report),
         "seeds": wording.votes(report),
         "seconds": wording.total_seconds(report),

@@ -46,9 +46,11 @@ def _scan_rows(report: Report) -> list[tuple[str, str]]:
     total = report.model.height * report.model.width
     rows.append(("Trigger size", f"{pixels(evidence.size)} of {total:,} ({percent(evidence.fraction)})"))
     rows.append(("Success (ASR)", f"{percent(evidence.asr)} of held-out images of other labels"))
-    bound = wording.index_bound(report)
-    against = f" (bound {wording.number(bound)})" if bound is not None else ""
-    rows.append(("Anomaly index", f"{wording.number(evidence.index)}{against}"))
+    ratio = wording.size_ratio(report)
+    if ratio is not None:
+        value, bound = (wording.number(v) for v in ratio)
+        rows.append(("Size ratio", f"{value} of the median of the other labels (suspect: at most {bound})"))
+    rows.append(("Anomaly index", f"{wording.number(evidence.index)} (decides nothing)"))
     if report.seeds:
         rows.append(("Seeds", " ".join(wording.votes(report))))
     return rows
@@ -61,7 +63,7 @@ def _run_rows(report: Report) -> list[tuple[str, str]]:
         rows.append(("Cleaned with", done.method))
         rows.append(("  ACC", f"{percent(done.acc_before)} -> {percent(done.acc_after)}"))
         if done.asr_before is not None:
-            rows.append(("  ASR", f"{percent(done.asr_before)} -> {percent(done.asr_after)}"))
+            rows.append((f"  ASR, label {done.target}", f"{percent(done.asr_before)} -> {percent(done.asr_after)}"))
         if done.output:
             rows.append(("  written to", done.output))
     spent = ", stopped by the time budget" if run.budget_spent else ""

@@ -190,6 +190,12 @@ def suspect(report: Report) -> LabelEvidence | None:
     return next((e for e in complete if e.status == "complete"), complete[0] if complete else None)
 
 
+def size_ratio(report: Report) -> tuple[float, float] | None:
+    """The size ratio that the verdict rests on, and its bound; None if the rule uses none."""
+    figures = report.rule.figures if report.rule else ()
+    return next(((f.value, f.bound) for f in figures if f.name == "size ratio" and math.isfinite(f.value)), None)
+
+
 def index_bound(report: Report) -> float | None:
     """Bound that the rule holds the anomaly index against, or None if it uses none."""
     figures = report.rule.figures if report.rule else ()
@@ -302,8 +308,15 @@ def next_steps(report: Report) -> str:
         return f"Do not use this model as it is. To clean it: bezoar purify {model} --data {data} --out cleaned"
     if report.verdict == "backdoored":
         return "Do not use the original model. Check the cleaned one with another scan before use."
+    if report.verdict == "inconclusive" and report.model.num_classes < 4:
+        return (
+            "With so few labels there is nothing to compare with: look at the trigger. A tiny one that works everywhere"
+            f" is suspect; bezoar purify {model} --data {data} --label N --out cleaned unlearns it."
+        )
     if report.verdict == "inconclusive":
-        return "Scan again with more clean images or more seeds (--seeds 5), and without a time budget."
+        return "Scan again with more clean images or more seeds (--seeds 5)" + (
+            ", and a larger budget." if report.run.budget_spent else "."
+        )
     if report.verdict == "clean":
         return "Nothing to clean. Mind the limits: other kinds of backdoor can go unseen."
     return f"To look for a backdoor: bezoar scan {model} --data {data}"

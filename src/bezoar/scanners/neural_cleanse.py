@@ -16,7 +16,7 @@ from bezoar.core.evidence import LabelScan, Scan, SeedScan, Status
 from bezoar.core.method import Clean, Scanner
 from bezoar.core.run import Run
 from bezoar.core.space import MaskedSpace
-from bezoar.core.surgery import logits, require_independent_rows
+from bezoar.core.surgery import logits, require_gradient, require_independent_rows
 from bezoar.core.trigger import MaskedTrigger
 from bezoar.ops.cost import CostController
 from bezoar.ops.invert import Inversion, InversionSettings, Loss
@@ -90,6 +90,7 @@ class NeuralCleanse(Scanner):
         for label in self.labels:
             if not 0 <= label < clean.num_classes:
                 raise SettingError(f"label {label} is not in 0..{clean.num_classes - 1}")
+        require_gradient(model, clean.x[:2].to(run.device))
         if self.mode == "fast":
             require_independent_rows(model, clean.x[:4].to(run.device))
         found: list[SeedScan] = []
