@@ -59,7 +59,7 @@ def page(name: str, method: Any) -> str:
     blocks = [
         NOTE,
         f"# {method.__name__}",
-        f"Name on the command line: `{name}`. In Python: `from {method.__module__} import {method.__name__}`.",
+        f"Name: `{name}`. In Python: `from {method.__module__} import {method.__name__}`.",
         parts[""],
         _about(module.__doc__ if module else None),
         _settings(method),

@@ -84,7 +84,7 @@ def test_stale_finds_changed_missing_and_left_over_pages(tmp_path):
 def test_page_shows_settings_inherited_meanings_and_references():
     page = make_method_docs.page("sample", Sample)
     assert "# Sample\n" in page
-    assert "Name on the command line: `sample`" in page
+    assert "Name: `sample`" in page
     assert "Does one | thing.\n\nAnd says more." in page
     assert "| `rate` | `float` | `0.1` | A share, in (0, 1]. |" in page
     assert "| `steps` | `int \\| None` | `3` | How many. |" in page

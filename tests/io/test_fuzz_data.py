@@ -19,7 +19,7 @@ from bezoar.core.errors import BezoarError
 from bezoar.io.data import load_data
 from tests.io.hostile_data import labels, pixels, png
 
-QUICK = settings(max_examples=60, deadline=2000, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 #: Changes of a file: (place as a share of its length, new bytes, whether to cut there).
 DAMAGE = st.lists(st.tuples(st.floats(0, 0.9999), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4)
 
