@@ -21,6 +21,7 @@ from bezoar.core.errors import BezoarError, MissingExtra, ModelError, SettingErr
 from bezoar.core.model import Suspect
 from bezoar.io import extras
 from bezoar.io.models import load_model, save_model
+from bezoar.nets.neural_cleanse import MnistNet
 from bezoar.nets.registry import find
 from tests.io.hostile_models import net, resnet_state
 
@@ -577,3 +578,23 @@ def test_published_whole_module_is_refused(tmp_path: Path) -> None:
         load_model(path)
     with pytest.raises(BezoarError, match="needs the module 'model'"):
         load_model(path, allow_code=True)
+
+
+def test_checkpoint_with_numpy_arrays_opens_and_goes_back(tmp_path):
+    """As benchmark suites write them: weights beside arrays of indices."""
+    torch.manual_seed(0)
+    state = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in MnistNet().state_dict().items()}
+    index = np.arange(6).reshape(2, 3)
+    torch.save({"model": state, "poisoned": {"index": index, "share": np.float64(0.1)}}, tmp_path / "model.pt")
+    suspect = load_model(tmp_path / "model.pt", arch="nc-mnist")
+    written = save_model(suspect, suspect.network, tmp_path / "out")
+    read = torch.load(written, weights_only=False)
+    assert np.array_equal(read["poisoned"]["index"], index)
+    assert all(torch.equal(read["model"][k], v) for k, v in state.items())
+
+
+@pytest.mark.parametrize("array", [np.array([print], dtype=object), np.array([(1, "a")], dtype="i4,U2")])
+def test_arrays_of_anything_but_numbers_are_refused(tmp_path, array):
+    torch.save({"model": MnistNet().state_dict(), "extra": array}, tmp_path / "model.pt")
+    with pytest.raises(UnsafeError):
+        load_model(tmp_path / "model.pt", arch="nc-mnist")

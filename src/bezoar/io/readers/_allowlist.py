@@ -28,12 +28,19 @@ SafeGlobal = Callable[..., Any] | tuple[Callable[..., Any], str]
 
 
 def plain_globals() -> list[SafeGlobal]:
-    """Harmless values that torch's own list lacks: argparse.Namespace, and numpy's scalars under both their names."""
+    """Harmless values that torch's own list lacks: argparse.Namespace, and numpy's scalars and arrays.
+
+    The scan has made sure by then that an array holds numbers, not objects.
+    """
+    array: Any = np.empty(0).__reduce__()[0]
     scalar: Any = np.float64(0).__reduce__()[0]
     kinds = "?bBhHiIlLqQefdFD"
     return [
         argparse.Namespace,
         np.dtype,
+        np.ndarray,
+        (array, "numpy.core.multiarray._reconstruct"),
+        (array, "numpy._core.multiarray._reconstruct"),
         *{type(np.dtype(kind)) for kind in kinds},
         (scalar, "numpy.core.multiarray.scalar"),
         (scalar, "numpy._core.multiarray.scalar"),

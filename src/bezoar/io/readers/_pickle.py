@@ -32,11 +32,13 @@ _STORAGE_BYTES = {
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _REBUILD_TENSOR = tuple(f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3"))
 _NUMPY_SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+_NUMPY_ARRAYS = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
 _NUMPY_DTYPE = re.compile(r"[<>=|]?[biufc][0-9]{1,2}")
 #: Functions that may be called; torch's own list is longer, but the rest can take memory without bound.
 _CALLABLE = {
     *_REBUILD_TENSOR,
     *_NUMPY_SCALARS,
+    *_NUMPY_ARRAYS,
     "numpy.dtype",
     "torch._utils._rebuild_parameter",
     "torch._utils._rebuild_parameter_with_state",
@@ -50,7 +52,9 @@ _CALLABLE = {
 }
 #: Classes that may be made without their constructor and filled with a state.
 _PLAIN_CLASSES = {"argparse.Namespace", "torch.nn.parameter.Parameter"}
-_BUILDABLE = {*_PLAIN_CLASSES, "collections.OrderedDict", "numpy.dtype"}
+#: Classes that are named in plain values, but neither called nor made on their own.
+_NAMED = {"torch.Tensor", "numpy.ndarray"}
+_BUILDABLE = {*_PLAIN_CLASSES, *_NUMPY_ARRAYS, "collections.OrderedDict", "numpy.dtype"}
 
 
 class HostilePickle(Exception):  # noqa: N818 - not an error of ours: readers turn it into a ModelError
@@ -109,7 +113,7 @@ class Scan:
 
 def is_plain(name: str) -> bool:
     """Whether a dotted name belongs in a checkpoint of tensors and plain values."""
-    if name in _CALLABLE or name in _PLAIN_CLASSES or name in _DTYPES or name == "torch.Tensor":
+    if name in _CALLABLE or name in _PLAIN_CLASSES or name in _DTYPES or name in _NAMED:
         return True
     package, _, last = name.rpartition(".")
     return last in _STORAGE_BYTES and package in ("torch", "torch.cuda", "torch.storage")
@@ -273,7 +277,7 @@ class _Walker:
             self.found.unusual.add(path)
         elif path in _REBUILD_TENSOR:
             _check_tensor(path, arguments)
-        elif path == "numpy.dtype" and not _is_number_type(arguments):
+        elif not _numpy_call_is_plain(path, arguments):
             self.found.unusual.add(path)
         self.stack.append(_Made(path))
 
@@ -291,6 +295,8 @@ class _Walker:
         path = target.path if isinstance(target, _Made) else ""
         if path == "numpy.dtype" and not (isinstance(state, tuple) and state[2:7] == (None, None, None, -1, -1)):
             self.found.unusual.add("numpy.dtype with a structure")
+        if path in _NUMPY_ARRAYS and not _is_array_state(state):
+            self.found.unusual.add("numpy.ndarray of something else than numbers")
         if path not in _BUILDABLE and path not in self.found.instances:
             self.found.unusual.add(f"a state for {path or 'a plain value'}")
 
@@ -318,6 +324,26 @@ def _check_tensor(path: str, arguments: tuple[Any, ...]) -> None:
 
 def _is_number_type(arguments: tuple[Any, ...]) -> bool:
     return bool(arguments) and isinstance(arguments[0], str) and _NUMPY_DTYPE.fullmatch(arguments[0]) is not None
+
+
+def _numpy_call_is_plain(path: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether a call of NumPy's, where it is one, makes a number type or an array that a state will fill."""
+    if path == "numpy.dtype":
+        return _is_number_type(arguments)
+    if path in _NUMPY_ARRAYS:
+        return len(arguments) == 3 and _name(arguments[0]) == "numpy.ndarray" and arguments[1] == (0,)
+    return True
+
+
+def _is_array_state(state: Any) -> bool:
+    """Whether an array's state is its shape, a number type and the bytes; NumPy itself checks that these fit."""
+    if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[1], tuple):
+        return False
+    _, shape, dtype, _, content = state
+    if not all(type(n) is int and n >= 0 for n in shape) or not isinstance(dtype, _Made):
+        return False
+    written = isinstance(content, bytes) or (isinstance(content, _Made) and content.path == "_codecs.encode")
+    return dtype.path == "numpy.dtype" and (written or math.prod(shape) == 0)
 
 
 def _name(value: Any) -> str:
