@@ -46,7 +46,7 @@ class Result:
 
     Attributes:
         report: All of it, as plain values.
-        triggers: Inverted trigger of each label, of the first seed in which it worked.
+        triggers: Inverted trigger of each label, the smallest over the seeds.
     """
 
     report: Report
@@ -249,9 +249,9 @@ def _scan(session: Session, method: NeuralCleanse) -> Result:
 
 
 def _seed_of(evidence: Scan, label: int) -> SeedScan:
-    """The first seed in which the trigger of a label worked, or the first that looked at it."""
+    """The seed that found the smallest working trigger of a label: it lies nearest to the attacker's."""
     seen = [s for s in evidence.seeds if label in s.labels]
-    return min(seen, key=lambda s: s.labels[label].status != "complete")
+    return min(seen, key=lambda s: (s.labels[label].status != "complete", s.labels[label].size))
 
 
 def _pictures(session: Session, evidence: Scan, judgement: Judgement) -> tuple[TriggerFacts, ...]:

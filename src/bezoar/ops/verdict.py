@@ -20,7 +20,11 @@ from bezoar.core.results import Figure, LabelEvidence, Rule, SeedResult, Verdict
 from bezoar.ops.stats import anomaly_index
 
 CALIBRATED_LABELS = 43  #: Most labels of a calibration net.
-CALIBRATION = "benchmarks/calibrate.py on nets of its own (GTSRB, MNIST, CIFAR-10); see docs/results.md"
+CALIBRATION = (
+    "bounds set on 3 clean and 5 backdoored nets (GTSRB, MNIST; benchmarks/calibrate.py): 0 of 4 false alarms, 0 of 7 "
+    "missed; so few that the error rate is only known to be under 40 % at 95 % confidence. Measured on others in "
+    "docs/results.md"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
