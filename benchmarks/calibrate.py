@@ -9,19 +9,15 @@ the rule errs on the calibration nets. The bounds were set by hand between the t
 
 from __future__ import annotations
 
-import math
-
 from verdicts import read
 
+from bezoar.ops.stats import wilson
 from bezoar.ops.verdict import RatioRule
 
 
 def upper_bound(errors: int, count: int, z: float = 1.645) -> float:
     """One-sided 95 % Wilson bound of an error rate."""
-    rate = errors / count
-    middle = rate + z * z / (2 * count)
-    half = z * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
-    return (middle + half) / (1 + z * z / count)
+    return wilson(errors / count, count, z)[1]
 
 
 def main() -> None:

@@ -74,7 +74,7 @@ def scan(
         out: Folder for report.html, report.json, report.sarif and the triggers.
         json: Print the whole report as JSON instead of the summary.
         sarif: Print the report as SARIF instead of the summary.
-        mode: fast, or the paper's own procedure, label by label (hours on a CPU).
+        mode: fast, or the paper's own procedure, label by label (far slower).
         seeds: Seeds to scan with; they must agree for a verdict.
         labels: Labels to look at, such as 3,7,10-14; all by default.
         budget: Time allowed, such as 90s, 2m or 1h; the answer is then the best so far.

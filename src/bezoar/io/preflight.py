@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from bezoar.core.errors import DataError, ModelError
 from bezoar.core.model import Normalized
 from bezoar.core.results import Preflight
 from bezoar.io.data import CleanData
+from bezoar.ops.stats import wilson
 
 #: Share of the way from guessing to perfect below which the model counts as guessing: 0.28 of 10 classes, 0.6 of 2.
 #: Gain in accuracy from undoing a usual mistake above which the model was certainly fed wrongly.
@@ -106,9 +106,7 @@ def check_preflight(result: Preflight, module: nn.Module, data: CleanData) -> tu
 
 def wilson_low(rate: float, count: int) -> float:
     """Lower end of the 99 % Wilson interval of a rate."""
-    square = _Z99**2 / count
-    middle = rate + square / 2
-    return (middle - _Z99 * math.sqrt(rate * (1 - rate) / count + square / (4 * count))) / (1 + square)
+    return wilson(rate, count, _Z99)[0]
 
 
 def diagnose(module: nn.Module, data: CleanData, acc: float) -> str:

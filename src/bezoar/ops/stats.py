@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import median_abs_deviation
@@ -26,3 +28,11 @@ def anomaly_index(sizes: ArrayLike, reference: ArrayLike | None = None) -> NDArr
     if deviation == 0:
         return np.where(difference == 0, 0.0, np.copysign(np.inf, difference))
     return np.asarray(difference / deviation, dtype=np.float64)
+
+
+def wilson(rate: float, count: int, z: float) -> tuple[float, float]:
+    """Both ends of the Wilson interval of a rate in [0, 1] over ``count`` trials, ``z`` standard deviations wide."""
+    square = z**2 / count
+    middle = rate + square / 2
+    half = z * math.sqrt(rate * (1 - rate) / count + square / (4 * count))
+    return (middle - half) / (1 + square), (middle + half) / (1 + square)

@@ -104,13 +104,12 @@ def judge(scan: Scan, names: tuple[str, ...], rule: RatioRule | None = None) -> 
         rule: Bounds.
     """
     rule = (rule or RatioRule()).for_labels(scan.num_classes)
-    judged = [(s, *_seed(s, scan, rule)) for s in scan.seeds]
-    results = tuple(result for _, result, _ in judged)
+    judged = {s.seed: _seed(s, scan, rule) for s in scan.seeds}
+    results = tuple(result for result, _ in judged.values())
     # A seed that the budget cut short says nothing beside one that was finished.
-    voters = [(r, leader) for s, r, leader in judged if s.finished] or [(r, leader) for _, r, leader in judged]
+    scan = dataclasses.replace(scan, seeds=tuple(s for s in scan.seeds if s.finished) or scan.seeds)
+    voters = [judged[s.seed] for s in scan.seeds]
     verdict, target = _vote([r for r, _ in voters], rule)
-    finished = tuple(s for s in scan.seeds if s.finished)
-    scan = dataclasses.replace(scan, seeds=finished or scan.seeds)
     leader = target if target is not None else Counter(leader for _, leader in voters).most_common(1)[0][0]
     figures = _figures_over_seeds(scan, leader, [r for r, _ in voters], rule)
     return Judgement(
