@@ -9,7 +9,7 @@ the rule errs on the calibration nets. The bounds were set by hand between the t
 
 from __future__ import annotations
 
-from verdicts import read
+from verdicts import read, together
 
 from bezoar.ops.stats import wilson
 from bezoar.ops.verdict import RatioRule
@@ -34,8 +34,13 @@ def main() -> None:
     )
     print(f"highest ratio {max(float(str(r['ratio'])) for r in right):.3f}")
     print(f"bounds: backdoored at most {rule.backdoored_ratio}, clean at least {rule.clean_ratio}")
-    alarms = sum(r["verdict"] == "backdoored" for r in clean)
-    missed = sum(r["target"] != r["truth"] for r in planted)
+    for name, found in (("clean", clean), ("backdoored", planted)):
+        faint = sorted(
+            (float(str(r["faint"]["ratio"])), str(r["name"])) for r in found if isinstance(r.get("faint"), dict)
+        )
+        print(f"faint changes, {name}:", ", ".join(f"{ratio:.2f} {net}" for ratio, net in faint))
+    alarms = sum(together(r)[0] == "backdoored" for r in clean)
+    missed = sum(together(r)[1] != r["truth"] for r in planted)
     print(f"false alarms: {alarms} of {len(clean)} scans, upper bound {upper_bound(alarms, len(clean)):.0%}")
     print(f"not found: {missed} of {len(planted)} scans, upper bound {upper_bound(missed, len(planted)):.0%}")
 

@@ -6,21 +6,29 @@
     python benchmarks/verdicts.py --table
 
 Each scan is one line of ``benchmarks/results/verdicts.jsonl``; a finished one is not run again. Each uses a single
-seed, so that the table shows how often one look alone is right; ``bezoar scan`` takes three and lets them vote.
+seed, so that the table shows how often one look alone is right; ``bezoar scan`` takes three and lets them vote. The two
+searches are kept apart, so that a change of one of them does not repeat the other: first masks, then faint changes.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from models import Case, cases
 
 from bezoar.api import Result, scan
+from bezoar.core.results import write_atomic
+from bezoar.options import ModelOptions, RunOptions
+from bezoar.scanners.additive_inversion import AdditiveInversion
+from bezoar.scanning import look_for
+from bezoar.session import open_session
 
 RESULTS = Path(__file__).parent / "results" / "verdicts.jsonl"
 
@@ -28,6 +36,46 @@ RESULTS = Path(__file__).parent / "results" / "verdicts.jsonl"
 def read() -> list[dict[str, object]]:
     """All lines so far."""
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def faint(case: Case, seed: int) -> dict[str, object]:
+    """What the search for faint changes alone finds on the same images."""
+    start = time.perf_counter()
+    options = ModelOptions(**case.settings)  # type: ignore[arg-type]
+    with open_session(case.path, case.clean_images(seed), options, RunOptions(seed=seed), None) as session:
+        look = look_for(session, AdditiveInversion(seeds=1), last=True)
+        gradients = session.run.image_gradients
+    figures = {f.name: round(f.value, 4) for f in look.judgement.rule.figures}
+    return {
+        "verdict": look.judgement.verdict,
+        "target": look.judgement.target,
+        "leader": look.judgement.leader,
+        "ratio": figures["size ratio"],
+        "asr": figures["held-out ASR"],
+        "change": figures["change of the image"],
+        "image_gradients": gradients,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def together(one: dict[str, object]) -> tuple[object, object, object]:
+    """Verdict, target and leader of both searches, as ``bezoar.ops.verdict.combine`` has it."""
+    other = one.get("faint")
+    if not isinstance(other, dict):
+        return one["verdict"], one["target"], one["leader"]
+    found = [part for part in (one, other) if part["verdict"] == "backdoored"]
+    if found:
+        first = min(found, key=lambda part: float(str(part["ratio"])))
+        return "backdoored", first["target"], first["leader"]
+    clean = one["verdict"] == other["verdict"] == "clean"
+    return ("clean" if clean else "inconclusive"), None, one["leader"]
+
+
+def update(change: Callable[[list[dict[str, object]]], list[dict[str, object]]]) -> None:
+    """Change the lines and write them anew in one move; another process that does the same waits."""
+    with RESULTS.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write_atomic(RESULTS, "".join(json.dumps(one) + "\n" for one in change(read())))
 
 
 def row(case: Case, seed: int, result: Result, seconds: float) -> dict[str, object]:
@@ -66,20 +114,30 @@ def table(rows: list[dict[str, object]]) -> str:
     for one in rows:
         groups[one["part"], one["name"]].append(one)
     lines = [
-        "| part | model | attack | target | backdoored / inconclusive / clean | right label | size ratio | MAD index |",
-        "|---|---|---|---|---|---|---|---|",
+        "| part | model | attack | target | backdoored / inconclusive / clean | right label | masks alone | "
+        "size ratio | faint ratio | MAD index |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (part, name), found in groups.items():
-        counts = [sum(f["verdict"] == v for f in found) for v in ("backdoored", "inconclusive", "clean")]
+        verdicts = ("backdoored", "inconclusive", "clean")
+        whole = [together(f) for f in found]
+        counts = [sum(w[0] == v for w in whole) for v in verdicts]
+        alone = [sum(f["verdict"] == v for f in found) for v in verdicts]
         truth = found[0]["truth"]
         planted = isinstance(truth, int) and truth >= 0
-        right = f"{sum(f['leader'] == truth for f in found)} of {len(found)}" if planted else "-"
-        spread = [f"{min(f[k] for f in found):.2f} to {max(f[k] for f in found):.2f}" for k in ("ratio", "index")]
+        right = f"{sum(w[1] == truth for w in whole)} of {len(found)}" if planted else "-"
+        faints = [f["faint"] for f in found if isinstance(f.get("faint"), dict)]
+        spread = [_span(found, "ratio"), _span(faints, "ratio"), _span(found, "index")]
         lines.append(
             f"| {part} | {name} | {found[0]['attack']} | {truth if planted else '-'} | "
-            f"{' / '.join(map(str, counts))} | {right} | {spread[0]} | {spread[1]} |"
+            f"{' / '.join(map(str, counts))} | {right} | {' / '.join(map(str, alone))} | {' | '.join(spread)} |"
         )
     return "\n".join(lines)
+
+
+def _span(rows: list[dict[str, object]], key: str) -> str:
+    values = [float(str(one[key])) for one in rows]
+    return f"{min(values):.2f} to {max(values):.2f}" if values else "-"
 
 
 def main() -> None:
@@ -97,16 +155,23 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     for seed in range(arguments.seeds):
         for case in cases(arguments.part):
-            if arguments.only not in case.name:
-                continue
-            if any((r["name"], r["seed"]) == (case.name, seed) for r in read()):
-                continue
-            start = time.perf_counter()
-            result = scan(case.path, case.clean_images(seed), seeds=1, seed=seed, **case.settings)
-            kept = row(case, seed, result, time.perf_counter() - start)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(kept) + "\n")
-            print({k: v for k, v in kept.items() if k != "sizes"}, flush=True)
+            if arguments.only in case.name:
+                complete(case, seed)
+
+
+def complete(case: Case, seed: int) -> None:
+    """Run what is missing of one scan."""
+    key = (case.name, seed)
+    if not any((r["name"], r["seed"]) == key for r in read()):
+        start = time.perf_counter()
+        result = scan(case.path, case.clean_images(seed), seeds=1, seed=seed, additive=False, **case.settings)
+        kept = row(case, seed, result, time.perf_counter() - start)
+        update(lambda rows: [*rows, kept])
+        print({k: v for k, v in kept.items() if k != "sizes"}, flush=True)
+    if any((r["name"], r["seed"]) == key and "faint" not in r for r in read()):
+        found = faint(case, seed)
+        update(lambda rows: [{**r, "faint": found} if (r["name"], r["seed"]) == key else r for r in rows])
+        print(case.name, seed, "truth", case.target, "faint", found, flush=True)
 
 
 if __name__ == "__main__":

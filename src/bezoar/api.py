@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,27 +16,20 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from bezoar.core.errors import DataError, SettingError
-from bezoar.core.evidence import Scan, SeedScan
 from bezoar.core.method import Purifier
-from bezoar.core.pictures import png, stamp_picture
 from bezoar.core.registry import find, method_name
-from bezoar.core.results import Cleaning, Example, LayerChange, Report, TriggerFacts, Verdict, write_atomic
-from bezoar.core.run import Progress
+from bezoar.core.results import Cleaning, LayerChange, Report, Verdict, write_atomic
 from bezoar.core.run import Report as Told
 from bezoar.core.surgery import frozen, logits
-from bezoar.core.trigger import MaskedTrigger
+from bezoar.core.trigger import InvertedTrigger, Trigger, trigger_of, trigger_tensors
 from bezoar.io.containers import sha256
 from bezoar.io.models import save_model
-from bezoar.ops.verdict import Judgement, judge
 from bezoar.options import ModelOptions, RunOptions
 from bezoar.report.html import render
 from bezoar.report.sarif import to_sarif
-from bezoar.report.wording import sentence
 from bezoar.scanners.neural_cleanse import NeuralCleanse
+from bezoar.scanning import scan_session
 from bezoar.session import Session, open_session
-
-_RUNNERS_UP = 4
-_EXAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -46,11 +38,12 @@ class Result:
 
     Attributes:
         report: All of it, as plain values.
-        triggers: Inverted trigger of each label, the smallest over the seeds.
+        triggers: Inverted trigger of each label, the smallest over the seeds: a mask and a pattern, or an additive
+            change for a target that only the additive search found.
     """
 
     report: Report
-    triggers: dict[int, MaskedTrigger]
+    triggers: dict[int, InvertedTrigger]
 
     @property
     def verdict(self) -> Verdict:
@@ -73,10 +66,11 @@ class Result:
             The HTML report.
         """
         folder = Path(folder)
-        tensors = {}
-        for label, trigger in self.triggers.items():
-            tensors[f"{label}.mask"] = trigger.mask.contiguous()
-            tensors[f"{label}.pattern"] = trigger.pattern.contiguous()
+        tensors = {
+            f"{label}.{name}": tensor
+            for label, trigger in self.triggers.items()
+            for name, tensor in trigger_tensors(trigger).items()
+        }
         write_atomic(folder / "triggers.safetensors", save(tensors))
         return save_report(self.report, folder)
 
@@ -91,8 +85,11 @@ def load_result(folder: str | Path) -> Result:
     try:
         report = Report.from_json((folder / "report.json").read_text(encoding="utf-8"))
         tensors = load((folder / "triggers.safetensors").read_bytes())
-        labels = sorted({int(name.partition(".")[0]) for name in tensors})
-        triggers = {n: MaskedTrigger(tensors[f"{n}.mask"], tensors[f"{n}.pattern"]) for n in labels}
+        parts: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in sorted(tensors.items()):
+            label, _, field = name.partition(".")
+            parts.setdefault(int(label), {})[field] = tensor
+        triggers = {label: trigger_of(fields) for label, fields in sorted(parts.items())}
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise DataError(f"{folder} does not hold a scan: {error}", "Give the folder of bezoar scan --out") from None
     if report.verdict is None or not triggers:
@@ -185,7 +182,7 @@ def purify(
     with open_session(model, data, model_options, options, report) as session:
         if found is not None and found.report.model.sha256 != session.suspect.facts.sha256:
             raise SettingError("the scan is of another model: the hashes differ", "Scan this model first")
-        triggers: dict[int, MaskedTrigger] = {}
+        triggers: dict[int, InvertedTrigger] = {}
         warnings: tuple[str, ...] = ()
         if purifier.needs_triggers:
             if found is None:
@@ -217,89 +214,11 @@ def _settings(given: dict[str, Any], *parts: Any) -> list[Any]:
 
 
 def _scan(session: Session, method: NeuralCleanse) -> Result:
-    folder = session.checkpoints(method)
-    told = session.run.progress.report
-    session.run.progress = Progress(report=told, folder=folder, seeds=method.seeds)
-    with session.phase("scan"):
-        evidence = method(session.suspect.module, session.clean, session.run)
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-    names = session.data.facts.names
-    judgement = judge(evidence, names)
-    with session.phase("report"):
-        pictures = _pictures(session, evidence, judgement)
-    report = Report(
-        verdict=judgement.verdict,
-        target=judgement.target,
-        summary="",
-        model=session.suspect.facts,
-        data=session.data.facts,
-        preflight=session.preflight,
-        method=method_name(type(method)),
-        config=method.config() | {"seed": session.options.seed, "held_out": session.options.held_out},
-        rule=judgement.rule,
-        labels=judgement.labels,
-        seeds=judgement.seeds,
-        triggers=pictures,
-        warnings=session.warnings,
-        run=session.facts(),
-    )
-    report = dataclasses.replace(report, summary=sentence(report))
-    return Result(report, {label: _seed_of(evidence, label).labels[label].trigger for label in evidence.looked_at()})
+    report, triggers = scan_session(session, method)
+    return Result(report, triggers)
 
 
-def _seed_of(evidence: Scan, label: int) -> SeedScan:
-    """The seed that found the smallest working trigger of a label: it lies nearest to the attacker's."""
-    seen = [s for s in evidence.seeds if label in s.labels]
-    return min(seen, key=lambda s: (s.labels[label].status != "complete", s.labels[label].size))
-
-
-def _pictures(session: Session, evidence: Scan, judgement: Judgement) -> tuple[TriggerFacts, ...]:
-    """The leading label's trigger with examples, and those of the runner-up labels."""
-    ranked = sorted(judgement.labels, key=lambda row: (row.status != "complete", row.size))
-    order = [judgement.leader] + [row.label for row in ranked if row.label != judgement.leader]
-    out = []
-    for place, label in enumerate(order[: 1 + _RUNNERS_UP]):
-        seed = _seed_of(evidence, label)
-        found = seed.labels[label]
-        trigger = found.trigger
-        out.append(
-            TriggerFacts(
-                label=label,
-                name=next(row.name for row in judgement.labels if row.label == label),
-                seed=seed.seed,
-                size=found.size,
-                fraction=found.size / evidence.pixels,
-                asr=found.asr,
-                mask=png(trigger.mask),
-                pattern=png(trigger.pattern),
-                stamp=stamp_picture(trigger.mask, trigger.pattern),
-                examples=_examples(session, trigger, label) if place == 0 else (),
-            )
-        )
-    return tuple(out)
-
-
-@torch.no_grad()
-def _examples(session: Session, trigger: MaskedTrigger, label: int) -> tuple[Example, ...]:
-    clean, model = session.clean, session.suspect.module
-    rows = torch.nonzero(clean.held_y != label).flatten()
-    rows = rows[torch.linspace(0, len(rows) - 1, min(_EXAMPLES, len(rows))).long()] if len(rows) else rows
-    if not len(rows):
-        return ()
-    x = clean.held_x[rows]
-    stamped = trigger(x)
-    with frozen(model):
-        before, after = (logits(model, images.to(session.run.device)).argmax(1).tolist() for images in (x, stamped))
-    return tuple(
-        Example(
-            original=png(x[i]), stamped=png(stamped[i]), true=int(clean.held_y[r]), before=before[i], after=after[i]
-        )
-        for i, r in enumerate(rows.tolist())
-    )
-
-
-def _triggers_to_unlearn(found: Result, label: int | None) -> tuple[dict[int, MaskedTrigger], tuple[str, ...]]:
+def _triggers_to_unlearn(found: Result, label: int | None) -> tuple[dict[int, InvertedTrigger], tuple[str, ...]]:
     if label is not None:
         if label not in found.triggers:
             raise SettingError(f"the scan has no trigger of label {label}", f"There are: {sorted(found.triggers)}")
@@ -318,7 +237,7 @@ def _triggers_to_unlearn(found: Result, label: int | None) -> tuple[dict[int, Ma
 
 
 def _purify(
-    session: Session, purifier: Purifier, triggers: dict[int, MaskedTrigger], out: Path | None
+    session: Session, purifier: Purifier, triggers: dict[int, InvertedTrigger], out: Path | None
 ) -> tuple[nn.Module, nn.Module, Cleaning]:
     suspect, clean = session.suspect, session.clean
     # Copied together, so that the network inside the new module is the very one that is written back.
@@ -358,7 +277,7 @@ def _accuracy(model: nn.Module, x: Tensor, y: Tensor, session: Session) -> float
     return float(torch.cat(hits).float().mean())
 
 
-def _success(model: nn.Module, trigger: MaskedTrigger | None, label: int | None, session: Session) -> float | None:
+def _success(model: nn.Module, trigger: Trigger | None, label: int | None, session: Session) -> float | None:
     if trigger is None or label is None:
         return None
     x = session.clean.held_x[session.clean.held_y != label]

@@ -42,6 +42,7 @@ class RunOptions:
         budget: Seconds allowed; the answer is then the best so far.
         device: Such as cpu or cuda:0; auto takes CUDA where there is one.
         threads: CPU threads; 0 leaves it to torch.
+        additive: Also search for faint changes of the whole image, such as blended pictures and waves.
         resume: Keep checkpoints, and go on where a killed run of the same command stopped.
     """
 
@@ -51,6 +52,7 @@ class RunOptions:
     budget: float | None = None
     device: str = "auto"
     threads: int = 0
+    additive: bool = True
     resume: bool = False
 
     def __post_init__(self) -> None:

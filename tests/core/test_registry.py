@@ -16,7 +16,8 @@ def test_finds_by_name():
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"), [("neural-clense", "'neural-cleanse'"), ("zzz", "There are: neural-cleanse")]
+    ("name", "wanted"),
+    [("neural-clense", "'neural-cleanse'"), ("zzz", "There are: additive-inversion, neural-cleanse")],
 )
 def test_unknown_name_gets_a_suggestion(name, wanted):
     with pytest.raises(SettingError, match=f"no method '{name}' among the scanners") as caught:
@@ -31,18 +32,34 @@ def test_unknown_name_gets_a_suggestion(name, wanted):
         ("SIG", "sig"),
         ("Unlearn", "unlearn"),
         ("BadNets", "bad-nets"),
-        ("WaNet", "wa-net"),
+        ("InputAware", "input-aware"),
     ],
 )
 def test_names_are_kebab_case(name, expected):
     assert method_name(type(name, (), {})) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "expected"),
+    [
+        ("BadNets", "badnets", "badnets"),
+        ("WaNet", "wanet", "wanet"),
+        ("FTrojan", "ftrojan", "ftrojan"),
+        ("LIRA", "lira", "lira"),
+        ("InputAware", "input_aware", "input-aware"),
+        ("NeuralCleanse", "neural_cleanse", "neural-cleanse"),
+        ("BadNets", "patches", "bad-nets"),
+    ],
+)
+def test_a_file_of_the_same_name_says_where_words_end(name, file, expected):
+    assert method_name(type(name, (), {"__module__": f"bezoar.attacks.{file}"})) == expected
+
+
 def test_methods_are_sorted_and_complete():
     for kind in KINDS:
         assert list(methods(kind)) == sorted(methods(kind))
     assert {"finetune", "unlearn"} <= set(methods("purifiers"))
-    assert {"bad-nets", "blend", "sig"} <= set(methods("attacks"))
+    assert {"badnets", "blend", "sig"} <= set(methods("attacks"))
 
 
 def test_base_classes_are_no_methods():

@@ -23,10 +23,11 @@ def test_no_budget_never_ends():
 
 
 def test_budget_counts_from_the_start():
-    run = Run(budget=10, started=time.monotonic() - 9)
+    run = Run(budget=10, started=time.monotonic() - 9, reserve=0.0)
     run.check()
     assert 0 < run.left <= 1
-    run = Run(budget=10, started=time.monotonic() - 11)
+    run = Run(budget=10, started=time.monotonic() - 9, reserve=0.15)
+    assert run.spendable < 0 < run.left, "15 % are kept for what comes after"
     assert not run.budget_spent
     with pytest.raises(BudgetSpent, match="10 seconds"):
         run.check()

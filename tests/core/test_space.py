@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bezoar.core.space import MaskedSpace
+from bezoar.core.space import AdditiveSpace, MaskedSpace
 
 SPACE = MaskedSpace((3, 4, 5))
 seeds = st.integers(0, 2**31)
@@ -120,3 +120,44 @@ def test_gradient_reaches_every_pixel():
     values = {k: v.requires_grad_() for k, v in parameters(0, spread=1.0).items()}
     SPACE.stamp(values, torch.rand(2, 3, 4, 5)).square().sum().backward()
     assert all(bool((v.grad != 0).all()) for v in values.values())
+
+
+# Additive changes
+
+ADDITIVE = AdditiveSpace((3, 4, 5))
+
+
+def changes(seed: int, labels: int = 2) -> dict[str, torch.Tensor]:
+    return {"delta": torch.randn(labels, 3, 4, 5, generator=torch.Generator().manual_seed(seed))}
+
+
+def test_additive_size_is_the_root_mean_square():
+    raw = changes(3)
+    expected = torch.stack([(torch.tanh(row) ** 2).mean().sqrt() for row in raw["delta"].double()])
+    torch.testing.assert_close(ADDITIVE.size(raw).double(), expected, rtol=1e-5, atol=1e-6)
+    level = {"delta": torch.atanh(torch.full((1, 3, 4, 5), 1 / 255))}
+    assert float(ADDITIVE.size(level)) == pytest.approx(1 / 255, rel=1e-4), "one grey level everywhere"
+
+
+def test_additive_size_of_nothing_has_a_gradient():
+    raw = torch.zeros(1, 3, 4, 5, requires_grad=True)
+    ADDITIVE.size({"delta": raw}).sum().backward()
+    assert raw.grad is not None
+    assert bool(torch.isfinite(raw.grad).all())
+
+
+@given(seeds)
+def test_additive_stamp_is_that_of_the_hardened_trigger_and_stays_in_range(seed):
+    raw, x = changes(seed), torch.rand(4, 3, 4, 5, generator=torch.Generator().manual_seed(seed + 1))
+    stamped = ADDITIVE.stamp(raw, x)
+    assert stamped.shape == (2, 4, 3, 4, 5)
+    assert 0 <= float(stamped.min()) <= float(stamped.max()) <= 1
+    for row in range(2):
+        torch.testing.assert_close(ADDITIVE.harden(raw, row)(x), stamped[row])
+
+
+def test_additive_start_depends_on_label_and_seed_alone():
+    several, alone = ADDITIVE.start([4, 9], seed=1)["delta"], ADDITIVE.start([9], seed=1)["delta"]
+    assert torch.equal(several[1], alone[0])
+    assert not torch.equal(alone, ADDITIVE.start([9], seed=2)["delta"])
+    assert float(AdditiveSpace((3, 60, 60)).start([0], 0)["delta"].std()) == pytest.approx(0.1, rel=0.05)

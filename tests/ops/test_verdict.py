@@ -10,7 +10,7 @@ import torch
 
 from bezoar.core.evidence import LabelScan, Scan, SeedScan
 from bezoar.core.trigger import MaskedTrigger
-from bezoar.ops.verdict import RatioRule, judge, size_ratio
+from bezoar.ops.verdict import RatioRule, combine, judge, size_ratio
 
 TRIGGER = MaskedTrigger(torch.zeros(1, 10, 10), torch.zeros(3, 10, 10))
 NAMES = tuple("abcdefgh")
@@ -195,7 +195,7 @@ def test_label_without_a_name_is_its_number():
 def test_bounds_can_be_set():
     rule = RatioRule(backdoored_ratio=0.1, clean_ratio=0.15)
     assert judge(scan(BACKDOORED), NAMES, rule).verdict == "clean"
-    assert "at most 0.1 times as large" in rule.text
+    assert "at most 0.1 times as large" in rule.text("px")
     assert judge(scan(BACKDOORED), NAMES, rule).rule.figures[0].bound == 0.1
 
 
@@ -217,3 +217,34 @@ def test_bounds_shrink_with_very_many_labels():
     assert of_thousand.clean_ratio / of_thousand.backdoored_ratio == pytest.approx(rule.clean_ratio / 0.4)
     assert outcome(seed(10.0, 10.0, 3.5, 10.0, 10.0), num_classes=5) == ("backdoored", 2)
     assert outcome(seed(10.0, 10.0, 3.5, 10.0, 10.0), num_classes=1000) != ("backdoored", 2)
+
+
+# Faint changes of the whole image, and several searches
+
+
+def faint(*sizes: float) -> Scan:
+    return Scan((seed(*sizes),), 5, 100, unit="rms")
+
+
+def test_faint_changes_are_judged_by_their_root_mean_square():
+    found = judge(faint(0.10, 0.11, 0.03, 0.10, 0.10), NAMES)
+    assert (found.verdict, found.target) == ("backdoored", 2)
+    shown = {f.name: f for f in found.rule.figures}
+    assert shown["change of the image"].value == pytest.approx(0.03)
+    assert shown["change of the image"].bound == 0.15
+    assert "root mean square of at most 0.15" in found.rule.text
+    assert judge(faint(0.60, 0.66, 0.18, 0.60, 0.60), NAMES).verdict == "inconclusive", "no faint change"
+
+
+def test_one_search_is_enough_for_backdoored_and_all_are_needed_for_clean():
+    backdoored, clean, weak = (judge(scan(s), NAMES) for s in (BACKDOORED, CLEAN, WEAK))
+    assert combine([clean, backdoored]) == ("backdoored", 2)
+    assert combine([weak, backdoored]) == ("backdoored", 2)
+    assert combine([clean, clean]) == ("clean", None)
+    assert combine([clean, weak]) == ("inconclusive", None)
+    assert combine([weak, weak]) == ("inconclusive", None)
+
+
+def test_of_two_targets_the_one_that_stands_out_further_is_named():
+    near, far = judge(scan(seed(7.0, 20.0, 20.0, 20.0, 20.0)), NAMES), judge(faint(0.1, 0.1, 0.1, 0.1, 0.01), NAMES)
+    assert combine([near, far]) == combine([far, near]) == ("backdoored", 4)

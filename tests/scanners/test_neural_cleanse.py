@@ -161,7 +161,7 @@ def test_dropped_label_that_never_worked_does_not_lead(crowd):
 
 def test_elimination_saves_work(crowd):
     run = Run()
-    NeuralCleanse(seeds=1, steps=100)(*crowd, run)
+    NeuralCleanse(seeds=1, steps=100, refine=0)(*crowd, run)
     assert run.image_gradients < 0.75 * 100 * 16 * MANY
 
 
@@ -246,7 +246,7 @@ def steps_done(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("killed_at", [20, 45, 75])
 def test_killed_scan_goes_on_where_it_was(killed_at, clean, tmp_path: Path, monkeypatch):
-    method = NeuralCleanse(seeds=2, steps=50, candidates=1, reference_labels=4)
+    method = NeuralCleanse(seeds=2, steps=50, candidates=1, reference_labels=4, refine=0)
     wanted = method(trained(backdoored=True), clean, Run(seed=3))
     progress = kill_at(killed_at)
     progress.folder, progress.every, progress.seeds = tmp_path, 0.0, 2

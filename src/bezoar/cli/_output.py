@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bezoar.core.errors import BezoarError, DataError, SettingError
+from bezoar.core.fields import fields_from
 from bezoar.options import ModelOptions, RunOptions
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class RunFlags:
         seed: Root of all randomness.
         device: Such as cpu or cuda:0; auto takes CUDA where there is one.
         threads: CPU threads; 0 leaves it to torch.
+        additive: Also search for faint changes of the whole image, such as blended pictures and waves.
         resume: Go on where a killed run of the same command stopped.
     """
 
@@ -98,6 +99,7 @@ class RunFlags:
     seed: int = 0
     device: str = "auto"
     threads: int = 0
+    additive: bool = True
     resume: bool = True
 
     def make(self, budget: str) -> RunOptions:
@@ -134,34 +136,7 @@ def method_from(kind: str, name: str, settings: dict[str, Any], pairs: tuple[str
     from bezoar.core.registry import find
 
     method = find(kind, name)
-    defaults = {f.name: getattr(method(), f.name) for f in dataclasses.fields(method)}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals:
-            raise SettingError(f"--set {pair!r}: expected key=value", f"Such as --set {next(iter(defaults))}=...")
-        if key not in defaults:
-            near = difflib.get_close_matches(key, defaults, 1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(defaults)}"
-            raise SettingError(f"{name} has no setting {key!r}", hint)
-        settings[key] = _value(f"--set {pair!r}", text, defaults[key])
-    return method(**settings)
-
-
-def _value(where: str, text: str, default: Any) -> Any:
-    """``text`` as a value of the type of ``default``."""
-    text = text.strip()
-    if isinstance(default, str):
-        return text
-    if isinstance(default, tuple):
-        return tuple(_value(where, part, 0) for part in text.split(",") if part)
-    words = {"true": True, "false": False, "yes": True, "no": False}
-    try:
-        if isinstance(default, bool):
-            return words[text.lower()]
-        return int(text) if isinstance(default, int) else float(text)
-    except (KeyError, ValueError):
-        raise SettingError(f"{where}: expected a {type(default).__name__}, got {text!r}") from None
+    return method(**settings | fields_from(method, name, "--set", pairs))
 
 
 def settings_line(method: Any) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
-from bezoar.core.trigger import MaskedTrigger
+from bezoar.core.trigger import InvertedTrigger
 
 Status = Literal["complete", "eliminated", "failed"]
+#: What sizes are counted in: pixels of a mask, or the root mean square of a change of all values.
+Unit = Literal["px", "rms"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class LabelScan:
     """One label under one seed.
 
     Attributes:
-        size: L1 norm of the smallest mask that worked, in pixels; that of the last mask if none worked.
+        size: That of the smallest trigger that worked, or of the last one if none worked: L1 norm of the mask in
+            pixels, or root mean square of the change in [0, 1].
         asr: Success of the inverted trigger on held-out clean images of other labels, in [0, 1].
         status: ``complete``; ``eliminated`` (stopped early, ``size`` is an upper bound); ``failed`` (never worked).
         reference: Whether the label belongs to the sample that median and MAD are taken from.
@@ -28,7 +31,7 @@ class LabelScan:
     asr: float
     status: Status
     reference: bool
-    trigger: MaskedTrigger
+    trigger: InvertedTrigger
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,38 @@ class SeedScan:
 
 @dataclass(frozen=True)
 class Scan:
-    """Evidence over seeds, for images of ``pixels`` = H x W."""
+    """Evidence over seeds.
+
+    Attributes:
+        seeds: Evidence of each seed.
+        num_classes: Number of labels K of the model.
+        pixels: H x W of the images.
+        unit: What sizes are counted in.
+        refined: Smaller triggers from a longer search, by label; shown, but no part of a verdict.
+    """
 
     seeds: tuple[SeedScan, ...]
     num_classes: int
     pixels: int
+    unit: Unit = "px"
+    refined: dict[int, LabelScan] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> float:
+        """Size of a trigger that takes the whole image."""
+        return float(self.pixels) if self.unit == "px" else 1.0
 
     def median(self, label: int, what: Literal["size", "asr"]) -> float:
         """Median over the seeds that looked at a label."""
         values = [getattr(s.labels[label], what) for s in self.seeds if label in s.labels]
         return float(torch.tensor(values).quantile(0.5))
+
+    def smallest(self, label: int) -> tuple[int, LabelScan]:
+        """The smallest working trigger of a label, which lies nearest to the attacker's, and the seed that found it."""
+        seen = [(s.seed, s.labels[label]) for s in self.seeds if label in s.labels]
+        if label in self.refined:
+            seen.append((self.seeds[0].seed, self.refined[label]))
+        return min(seen, key=lambda found: (found[1].status != "complete", found[1].size))
 
     def looked_at(self) -> list[int]:
         """Labels that any seed looked at, ascending."""

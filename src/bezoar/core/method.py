@@ -14,7 +14,7 @@ from bezoar.core.errors import SettingError
 from bezoar.core.evidence import Scan
 from bezoar.core.run import Run
 from bezoar.core.surgery import frozen
-from bezoar.core.trigger import MaskedTrigger
+from bezoar.core.trigger import InvertedTrigger
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Purifier(Method, ABC):
 
     @final
     def __call__(
-        self, model: nn.Module, clean: Clean, run: Run, triggers: dict[int, MaskedTrigger] | None = None
+        self, model: nn.Module, clean: Clean, run: Run, triggers: dict[int, InvertedTrigger] | None = None
     ) -> nn.Module:
         """Clean a model in place and return it in eval mode; ``requires_grad`` is left as it was.
 
@@ -115,7 +115,7 @@ class Purifier(Method, ABC):
                     parameter.requires_grad_(value)
 
     @abstractmethod
-    def purify(self, model: nn.Module, clean: Clean, run: Run, triggers: dict[int, MaskedTrigger]) -> nn.Module:
+    def purify(self, model: nn.Module, clean: Clean, run: Run, triggers: dict[int, InvertedTrigger]) -> nn.Module:
         """The idea of the method."""
 
 

@@ -51,6 +51,17 @@ def stamp_picture(mask: Tensor | NDArray[Any], pattern: Tensor | NDArray[Any]) -
     return png(shade * colours)
 
 
+def change_picture(delta: Tensor | NDArray[Any]) -> str:
+    """An additive change on mid-grey as base64 PNG, amplified until its largest value is white or black.
+
+    Args:
+        delta: ``(C, H, W)`` in [-1, 1].
+    """
+    change = _array(delta)
+    largest = float(np.abs(change).max(initial=0.0))
+    return png(0.5 + 0.5 * change / max(largest, 1e-12))
+
+
 def picture(text: str) -> Pixels:
     """The reverse of `png`: ``(C, H, W)`` in [0, 1], with C = 1 or 3.
 

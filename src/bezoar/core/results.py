@@ -76,9 +76,9 @@ class LabelEvidence:
 
     Attributes:
         label, name: The label.
-        size: L1 norm of the mask in pixels, median over seeds.
+        size: L1 norm of the mask in pixels, or root mean square of an additive change in [0, 1]; median over seeds.
         sizes: The same for each seed; None where no trigger reached the success rate that is asked for.
-        fraction: ``size`` as a share of the pixels, in [0, 1].
+        fraction: ``size`` as a share of the whole image, in [0, 1].
         asr: Success of the inverted trigger on held-out clean images of other labels, median over seeds, in [0, 1].
         index: Anomaly index, positive for smaller than the median, median over seeds.
         status: ``complete``, ``eliminated`` (could not become the smallest, stopped early) or ``failed``.
@@ -138,7 +138,11 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class TriggerFacts:
-    """An inverted trigger; ``mask``, ``pattern`` and ``stamp`` (mask times pattern) are PNG pictures as base64."""
+    """An inverted trigger, with PNG pictures as base64.
+
+    ``mask``, ``pattern`` and ``stamp`` (mask times pattern) of a masked one; of an additive one ``pattern`` is the
+    change on mid-grey, amplified until its largest value is white or black, and the others are empty.
+    """
 
     label: int
     name: str
@@ -150,6 +154,31 @@ class TriggerFacts:
     pattern: str
     stamp: str
     examples: tuple[Example, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """Evidence of a further family of triggers, beside that of the main scanner.
+
+    Attributes:
+        method, config: The scanner and its settings.
+        unit: What sizes are counted in: ``px`` or ``rms``.
+        verdict, target: By this evidence alone.
+        rule: The rule and its figures.
+        seeds: Each seed on its own.
+        labels: Evidence by label.
+        triggers: Inverted triggers, the leading label's first.
+    """
+
+    method: str
+    config: dict[str, Any]
+    unit: Literal["px", "rms"]
+    verdict: Verdict
+    target: int | None
+    rule: Rule
+    seeds: tuple[SeedResult, ...]
+    labels: tuple[LabelEvidence, ...]
+    triggers: tuple[TriggerFacts, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +259,7 @@ class Report:
     labels: tuple[LabelEvidence, ...] = ()
     seeds: tuple[SeedResult, ...] = ()
     triggers: tuple[TriggerFacts, ...] = ()
+    searches: tuple[Search, ...] = ()
     cleaning: Cleaning | None = None
     warnings: tuple[str, ...] = ()
     run: RunFacts

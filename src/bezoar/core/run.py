@@ -32,24 +32,30 @@ class Progress:
         folder: Where checkpoints are kept; None keeps none.
         every: Seconds between checkpoints.
         seeds: Seeds in all, for the user's eye.
+        name: Name of the phase.
     """
 
     report: Report = _silent
     folder: Path | None = None
     every: float = field(default_factory=lambda: float(os.environ.get("BEZOAR_CHECKPOINT_SECONDS", "5")))
     seeds: int = 1
+    name: str = "scan"
     _done: int = 0
     _last: float = field(default_factory=time.monotonic)
 
     def step(self, seed: int, done: int, total: int, note: str) -> None:
         """One step of a seed is done."""
         del seed
-        name = "scan" if self.seeds == 1 else f"scan, seed {min(self._done + 1, self.seeds)} of {self.seeds}"
+        name = self.name if self.seeds == 1 else f"{self.name}, seed {min(self._done + 1, self.seeds)} of {self.seeds}"
         self.report(name, self._done * total + done, self.seeds * total, note)
 
     def seed_done(self) -> None:
         """A seed is finished."""
         self._done += 1
+
+    def refining(self, done: int, total: int, note: str) -> None:
+        """One step of the second look at a label is done."""
+        self.report("refine", done, total, note)
 
     def training(self, done: int, total: int, loss: float) -> None:
         """One training step is done."""
@@ -91,12 +97,14 @@ class Run:
         device: Where the model runs.
         budget: Seconds allowed, or None for no limit; counted from the creation of this object.
         progress: Tells the user, keeps checkpoints.
+        reserve: Share of the budget that is kept for what comes after, in [0, 1).
     """
 
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     budget: float | None = None
     progress: Progress = field(default_factory=Progress)
+    reserve: float = 0.15
     started: float = field(default_factory=time.monotonic)
     image_gradients: int = 0
     budget_spent: bool = False
@@ -106,9 +114,14 @@ class Run:
         """Seconds left; infinite without a budget."""
         return float("inf") if self.budget is None else self.budget - (time.monotonic() - self.started)
 
-    def check(self, reserve: float = 0.0) -> None:
-        """Raise :class:`BudgetSpent` when the time is over, but for a share of the budget that later work needs."""
-        if self.left <= reserve * (self.budget or 0.0):
+    @property
+    def spendable(self) -> float:
+        """Seconds left but for those kept for what comes after."""
+        return self.left - self.reserve * (self.budget or 0.0)
+
+    def check(self) -> None:
+        """Raise :class:`BudgetSpent` when the time is over, but for the share of the budget that later work needs."""
+        if self.spendable <= 0:
             self.budget_spent = True
             raise BudgetSpent(f"the budget of {self.budget:g} seconds is spent")
 

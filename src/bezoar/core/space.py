@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bezoar.core.run import generator
-from bezoar.core.trigger import MaskedTrigger
+from bezoar.core.trigger import AdditiveTrigger, InvertedTrigger, MaskedTrigger
 
 Parameters = dict[str, Tensor]  #: Tensors whose first axis is the label.
 
@@ -27,7 +27,7 @@ class TriggerSpace(Protocol):
     def size(self, parameters: Parameters) -> Tensor:
         """``(T,)`` sizes, differentiable."""
 
-    def harden(self, parameters: Parameters, row: int) -> MaskedTrigger:
+    def harden(self, parameters: Parameters, row: int) -> InvertedTrigger:
         """The trigger of one row, detached, on the CPU."""
 
 
@@ -86,3 +86,38 @@ class MaskedSpace:
 
     def _inverse(self, value: Tensor) -> Tensor:
         return torch.atanh((value - 0.5) * (2 - self.epsilon))
+
+
+@dataclass(frozen=True)
+class AdditiveSpace:
+    """Addition ``clip(x + d, 0, 1)`` of one change ``d = tanh(v)`` to every image.
+
+    The size is the root mean square of ``d`` over channels and pixels: 1/255 is one grey level everywhere. Blended
+    pictures and waves change every pixel a little, which a mask in pixels cannot express cheaply.
+
+    Args:
+        shape: ``(C, H, W)`` of one image.
+        deviation: Standard deviation of ``v`` at the start, above 0.
+    """
+
+    shape: tuple[int, int, int]
+    deviation: float = 0.1
+
+    def start(self, labels: Sequence[int], seed: int) -> Parameters:
+        """See :class:`TriggerSpace`; ``delta`` is ``(T, C, H, W)``."""
+        drawn = [torch.randn(self.shape, generator=generator("change", seed, label)) for label in labels]
+        return {"delta": self.deviation * torch.stack(drawn)}
+
+    def stamp(self, parameters: Parameters, x: Tensor) -> Tensor:
+        """See :class:`TriggerSpace`."""
+        return torch.clamp(x[None] + torch.tanh(parameters["delta"])[:, None], 0, 1)
+
+    def size(self, parameters: Parameters) -> Tensor:
+        """``(T,)`` root mean squares, in [0, 1]."""
+        delta = torch.tanh(parameters["delta"]).flatten(1)
+        # The norm of exactly zero has no gradient.
+        return (delta.square().mean(1) + 1e-12).sqrt()
+
+    def harden(self, parameters: Parameters, row: int) -> AdditiveTrigger:
+        """See :class:`TriggerSpace`."""
+        return AdditiveTrigger(torch.tanh(parameters["delta"][row].detach().float()).cpu())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,3 +60,23 @@ class AdditiveTrigger:
     def size(self) -> float:
         """L2 norm of the change."""
         return float(self.delta.norm())
+
+
+#: What an inversion finds.
+InvertedTrigger = MaskedTrigger | AdditiveTrigger
+
+
+def trigger_tensors(trigger: InvertedTrigger) -> dict[str, Tensor]:
+    """The tensors of a trigger by field name, to go to disk; :func:`trigger_of` is the reverse."""
+    return {f.name: getattr(trigger, f.name).contiguous() for f in dataclasses.fields(trigger)}
+
+
+def trigger_of(tensors: Mapping[str, Tensor]) -> InvertedTrigger:
+    """The trigger that has these tensors.
+
+    Raises:
+        KeyError: They are those of no trigger.
+    """
+    return (
+        AdditiveTrigger(tensors["delta"]) if "delta" in tensors else MaskedTrigger(tensors["mask"], tensors["pattern"])
+    )

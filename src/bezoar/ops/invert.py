@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bezoar.core.run import Run
 from bezoar.core.space import Parameters, TriggerSpace
 from bezoar.core.surgery import logits
-from bezoar.core.trigger import MaskedTrigger
+from bezoar.core.trigger import InvertedTrigger
 from bezoar.ops.cost import CostController
 
 Loss = Literal["ce", "linear"]
@@ -143,7 +143,7 @@ class Inversion:
         with torch.no_grad():
             return self.space.size(self.parameters).cpu().double()
 
-    def trigger(self, row: int) -> MaskedTrigger:
+    def trigger(self, row: int) -> InvertedTrigger:
         """The smallest working trigger of a row; where none has worked, the one it has now."""
         source = self.best if torch.isfinite(self.sizes[row]) else self.parameters
         return self.space.harden(source, row)

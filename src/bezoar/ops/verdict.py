@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 
-from bezoar.core.evidence import Scan, SeedScan
+from bezoar.core.evidence import Scan, SeedScan, Unit
 from bezoar.core.results import Figure, LabelEvidence, Rule, SeedResult, Verdict
 from bezoar.ops.stats import anomaly_index
 
@@ -34,8 +35,10 @@ class RatioRule:
     Args:
         backdoored_ratio: Size over the median of the other reference labels: at or below, the label is suspect.
         clean_ratio: At or above, the label is not; between the two, the evidence is weak.
+        faint_backdoored_ratio, faint_clean_ratio: The same for changes of all pixels, whose sizes lie closer together.
         asr: Least success on held-out clean images.
-        share: Largest share of the image that counts as a trigger.
+        share: Largest share of the image that counts as a trigger: of its pixels, for a mask.
+        change: The same for a change of all pixels: its root mean square, where 1 is from black to white.
         index: Shown beside: the bound of the paper on the MAD index. It decides nothing.
         agree: Least share of seeds that must name the same label.
         progress: Share of its steps after which a search that the budget ended may still find a label suspect: by then
@@ -46,13 +49,24 @@ class RatioRule:
 
     backdoored_ratio: float = 0.40
     clean_ratio: float = 0.50
+    faint_backdoored_ratio: float = 0.45
+    faint_clean_ratio: float = 0.54
     asr: float = 0.75
     share: float = 0.25
+    change: float = 0.15
     index: float = 2.0
     agree: float = 0.6
     progress: float = 0.6
     least_labels: int = 4
     spread: float = 0.35
+
+    def for_unit(self, unit: Unit) -> RatioRule:
+        """The same rule with the ratios for sizes in this unit."""
+        if unit == "px":
+            return self
+        return dataclasses.replace(
+            self, backdoored_ratio=self.faint_backdoored_ratio, clean_ratio=self.faint_clean_ratio
+        )
 
     def for_labels(self, count: int) -> RatioRule:
         """The same rule for a model of ``count`` labels.
@@ -69,13 +83,17 @@ class RatioRule:
             self, backdoored_ratio=self.backdoored_ratio * factor, clean_ratio=self.clean_ratio * factor
         )
 
-    @property
-    def text(self) -> str:
-        """The rule in words."""
+    def text(self, unit: Unit) -> str:
+        """The rule in words, for sizes in a unit."""
+        large = (
+            f"covers at most {self.share:.0%} of the image"
+            if unit == "px"
+            else f"has a root mean square of at most {self.change:.2g}"
+        )
         return (
             f"A label is suspect when its inverted trigger is at most {self.backdoored_ratio:.2g} times as large as "
             f"the median of the other labels, still works on at least {self.asr:.0%} of held-out clean images and "
-            f"covers at most {self.share:.0%} of the image. Backdoored: at least {self.agree:.0%} of the seeds suspect "
+            f"{large}. Backdoored: at least {self.agree:.0%} of the seeds suspect "
             f"the same label. Clean: no seed suspects a label and most find no ratio under {self.clean_ratio:.2g}. "
             "Anything else is inconclusive. A search that the budget cut short never says clean, and suspects a label "
             f"only after {self.progress:.0%} of its steps. A trigger that never reached the success rate asked for in "
@@ -103,7 +121,7 @@ def judge(scan: Scan, names: tuple[str, ...], rule: RatioRule | None = None) -> 
         names: Name of each label.
         rule: Bounds.
     """
-    rule = (rule or RatioRule()).for_labels(scan.num_classes)
+    rule = (rule or RatioRule()).for_unit(scan.unit).for_labels(scan.num_classes)
     judged = {s.seed: _seed(s, scan, rule) for s in scan.seeds}
     results = tuple(result for result, _ in judged.values())
     # A seed that the budget cut short says nothing beside one that was finished.
@@ -116,19 +134,31 @@ def judge(scan: Scan, names: tuple[str, ...], rule: RatioRule | None = None) -> 
         verdict,
         target,
         leader,
-        Rule(name="size-ratio", text=rule.text, calibration=CALIBRATION, figures=figures),
+        Rule(name="size-ratio", text=rule.text(scan.unit), calibration=CALIBRATION, figures=figures),
         results,
         _labels(scan, names),
     )
+
+
+def combine(judgements: Sequence[Judgement]) -> tuple[Verdict, int | None]:
+    """Verdict and target over searches of several families of triggers.
+
+    A backdoor needs to show in one of them; a model is clean only where all say so. Where several find one, the label
+    with the smallest size ratio is the target.
+    """
+    found = [j for j in judgements if j.verdict == "backdoored"]
+    if found:
+        return "backdoored", min(found, key=lambda j: j.rule.figures[0].value).target
+    return ("clean" if all(j.verdict == "clean" for j in judgements) else "inconclusive"), None
 
 
 def _seed(seed: SeedScan, scan: Scan, rule: RatioRule) -> tuple[SeedResult, int]:
     # A label whose trigger never worked has no size to speak of: it leads only where none worked.
     leader = min(seed.labels, key=lambda label: (seed.labels[label].status == "failed", seed.labels[label].size))
     works = seed.labels[leader].status != "failed"
-    figures = _figures(seed, leader, scan.pixels, rule)
-    passed = {f.name: f.passed for f in figures}
-    suspect = works and passed["size ratio"] and passed["held-out ASR"] and passed["share of the image"]
+    figures = _figures(seed, leader, scan, rule)
+    # All but the last, the anomaly index, which decides nothing.
+    suspect = works and all(f.passed for f in figures[:-1])
     ratio = next(f.value for f in figures if f.name == "size ratio")
     verdict: Verdict = "inconclusive"
     far_enough = seed.finished or seed.progress >= rule.progress
@@ -149,9 +179,14 @@ def _vote(results: list[SeedResult], rule: RatioRule) -> tuple[Verdict, int | No
     return ("clean", None) if clean > len(results) / 2 else ("inconclusive", None)
 
 
-def _figures(seed: SeedScan, label: int, pixels: int, rule: RatioRule) -> tuple[Figure, ...]:
+def _figures(seed: SeedScan, label: int, scan: Scan, rule: RatioRule) -> tuple[Figure, ...]:
     found = seed.labels[label]
-    share = found.size / pixels
+    share = found.size / scan.whole
+    name, largest, meaning = (
+        ("share of the image", rule.share, "trigger size over the number of pixels")
+        if scan.unit == "px"
+        else ("change of the image", rule.change, "root mean square of the change, where 1 is from black to white")
+    )
     ratio, index = size_ratio(seed, label), _index(seed, label)
     return (
         Figure(
@@ -169,11 +204,11 @@ def _figures(seed: SeedScan, label: int, pixels: int, rule: RatioRule) -> tuple[
             meaning="share of held-out clean images that the trigger turns into the label",
         ),
         Figure(
-            name="share of the image",
+            name=name,
             value=share,
-            bound=rule.share,
-            passed=share <= rule.share,
-            meaning="trigger size over the number of pixels",
+            bound=largest,
+            passed=share <= largest,
+            meaning=meaning,
         ),
         Figure(
             name="anomaly index",
@@ -188,7 +223,7 @@ def _figures(seed: SeedScan, label: int, pixels: int, rule: RatioRule) -> tuple[
 def _figures_over_seeds(scan: Scan, label: int, voters: list[SeedResult], rule: RatioRule) -> tuple[Figure, ...]:
     """Medians over the seeds that looked at the label, and how many agree."""
     seeds = [s for s in scan.seeds if label in s.labels]
-    each = [_figures(s, label, scan.pixels, rule) for s in seeds]
+    each = [_figures(s, label, scan, rule) for s in seeds]
     out = []
     for column in zip(*each, strict=True):
         value, first = float(np.median([f.value for f in column])), column[0]
@@ -233,7 +268,7 @@ def _labels(scan: Scan, names: tuple[str, ...]) -> tuple[LabelEvidence, ...]:
                 name=names[label] if label < len(names) else str(label),
                 size=size,
                 sizes=tuple(None if s is None or s.status == "failed" else s.size for s in seen),
-                fraction=size / scan.pixels,
+                fraction=size / scan.whole,
                 asr=scan.median(label, "asr"),
                 index=float(np.median([_index(s, label) for s in scan.seeds if label in s.labels])),
                 status=status,

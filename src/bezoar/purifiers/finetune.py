@@ -8,7 +8,7 @@ from torch import nn
 
 from bezoar.core.method import Clean
 from bezoar.core.run import Run
-from bezoar.core.trigger import MaskedTrigger
+from bezoar.core.trigger import InvertedTrigger
 from bezoar.ops.fit import fit
 from bezoar.purifiers._tuning import Tuning
 
@@ -31,7 +31,7 @@ class Finetune(Tuning):
         Wu et al., "BackdoorBench", NeurIPS 2022, defence ``ft`` (SGD 0.01, cosine, weight decay 5e-4).
     """
 
-    def purify(self, model: nn.Module, clean: Clean, run: Run, triggers: dict[int, MaskedTrigger]) -> nn.Module:
+    def purify(self, model: nn.Module, clean: Clean, run: Run, triggers: dict[int, InvertedTrigger]) -> nn.Module:
         """See :class:`bezoar.core.method.Purifier`; the triggers are not used."""
         del triggers
         fit(model, clean.x, clean.y, self.recipe(), seed=run.seed, progress=run.progress.training)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bezoar.core.method import Clean
 from bezoar.core.run import Run
-from bezoar.core.trigger import MaskedTrigger
+from bezoar.core.trigger import InvertedTrigger
 from bezoar.ops.fit import fit
 from bezoar.purifiers._tuning import Tuning
 
@@ -49,7 +49,7 @@ class Unlearn(Tuning):
         self.require("share", 0 < self.share <= 1, "in (0, 1]")
         self.require("jitter", 0 < self.jitter <= 1, "in (0, 1]")
 
-    def purify(self, model: nn.Module, clean: Clean, run: Run, triggers: dict[int, MaskedTrigger]) -> nn.Module:
+    def purify(self, model: nn.Module, clean: Clean, run: Run, triggers: dict[int, InvertedTrigger]) -> nn.Module:
         """See :class:`bezoar.core.method.Purifier`."""
         chosen = list(triggers.values())
 

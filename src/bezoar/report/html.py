@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ from typing import Any
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from bezoar.core.results import LabelEvidence, Report, TriggerFacts
+from bezoar.core.results import LabelEvidence, Report, Search, TriggerFacts
 from bezoar.report import svg, wording
 
 WIDE, NARROW = 720, 320  # Chart widths: screens and paper, phones.
@@ -47,6 +48,7 @@ def _environment() -> Environment:
     helpers: tuple[Callable[..., Any], ...] = (
         wording.number,
         wording.pixels,
+        wording.levels,
         wording.percent,
         wording.duration,
         wording.moment,
@@ -56,7 +58,7 @@ def _environment() -> Environment:
     )
     environment.filters.update({helper.__name__: helper for helper in helpers})
     environment.filters.update(
-        {name: _unbroken(environment.filters[name]) for name in ("pixels", "percent", "duration")}
+        {name: _unbroken(environment.filters[name]) for name in ("pixels", "levels", "percent", "duration")}
     )
     environment.filters["sort_key"] = _sort_key
     environment.filters["png_uri"] = _png_uri
@@ -106,6 +108,8 @@ def _context(report: Report) -> dict[str, Any]:
         "per_label": _span(report.data.per_class),
         "settings": _settings,
         "phases": [(f"Time: {name}", wording.duration(value)) for name, value in report.run.seconds.items()],
+        "decisive": wording.decisive(report),
+        "searches": [_search(search) for search in report.searches],
         "max_layers": MAX_LAYERS,
         "max_examples": MAX_EXAMPLES,
         **triggers,
@@ -145,6 +149,20 @@ def _charts(report: Report, suspect: LabelEvidence | None) -> dict[str, Markup]:
         if layers:
             charts["layers"] = _both(lambda width: svg.layers_chart(layers, width))
     return charts
+
+
+def _search(search: Search) -> dict[str, Any]:
+    """A further search, its chart in grey levels."""
+    scaled = [
+        dataclasses.replace(e, size=255 * e.size, sizes=tuple(None if s is None else 255 * s for s in e.sizes))
+        for e in sorted(search.labels, key=lambda e: (not wording.has_size(e), e.size, e.label))
+    ]
+    suspect = search.triggers[0].label if search.triggers else None
+
+    def chart(width: int) -> Markup:
+        return svg.size_chart(scaled, suspect=suspect, band=None, width=width, text=lambda v: wording.levels(v / 255))
+
+    return {"found": search, "trigger": next(iter(search.triggers), None), "chart": _both(chart)}
 
 
 def _both(chart: Callable[[int], Markup]) -> Markup:

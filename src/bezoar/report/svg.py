@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -97,7 +97,14 @@ def bar_chart(
     return _svg(width, row * len(bars) + 8, title, *parts)
 
 
-def size_chart(labels: Sequence[LabelEvidence], *, suspect: int | None, band: Band | None, width: int) -> Markup:
+def size_chart(
+    labels: Sequence[LabelEvidence],
+    *,
+    suspect: int | None,
+    band: Band | None,
+    width: int,
+    text: Callable[[float], str] = pixels,
+) -> Markup:
     """Trigger size per label over the MAD band.
 
     Args:
@@ -105,20 +112,21 @@ def size_chart(labels: Sequence[LabelEvidence], *, suspect: int | None, band: Ba
         suspect: The label to highlight.
         band: Median and band to draw, or None.
         width: In CSS pixels.
+        text: A size with its unit.
     """
     shown = rows(labels)
-    bars = [size_bar(e, suspect) for e in shown]
+    bars = [size_bar(e, suspect, text) for e in shown]
     values = [e.size for e in labels if has_size(e)]
     axis = _axis(width, _top([*values, band.median if band else None]), _gutter(bars, width))
     first, end = 26, 26 + ROW * len(bars)
     parts = [_row(bar, axis, width, first + ROW * i) for i, bar in enumerate(bars)]
     if len(shown) < len(labels):
-        parts.append(_distribution(labels, axis, end + 14, suspect))
+        parts.append(_distribution(labels, axis, end + 14, suspect, text))
         end += 14 + 92
     title = f"Trigger size of {len(labels):,} labels, smallest first"
     if band:
-        title += f"; median {pixels(band.median)}, band from {pixels(band.low)} to {pixels(band.high)}"
-    back = [_band(band, axis, first - 6, end)] if band else []
+        title += f"; median {text(band.median)}, band from {text(band.low)} to {text(band.high)}"
+    back = [_band(band, axis, first - 6, end, text)] if band else []
     return _svg(width, end + 24, title, *back, *parts, _ticks(axis, end))
 
 
@@ -127,7 +135,7 @@ def rows(labels: Sequence[LabelEvidence]) -> list[LabelEvidence]:
     return list(labels if len(labels) <= ALL_ROWS else labels[:FEW_ROWS])
 
 
-def size_bar(evidence: LabelEvidence, suspect: int | None) -> Bar:
+def size_bar(evidence: LabelEvidence, suspect: int | None, text: Callable[[float], str] = pixels) -> Bar:
     """The row of one label."""
     name = evidence.name.strip()
     name = f"{evidence.label}  {name}" if name and name != str(evidence.label) else str(evidence.label)
@@ -136,9 +144,9 @@ def size_bar(evidence: LabelEvidence, suspect: int | None) -> Bar:
         return Bar(name, None, "none", "failed", hint=f"{name}: no trigger reached the success rate asked for")
     kind = "suspect" if evidence.label == suspect else evidence.status
     early = ", stopped early" if evidence.status == "eliminated" else ""
-    size = f"{pixels(evidence.size)}, {percent(evidence.fraction)} of the image"
+    size = f"{text(evidence.size)}, {percent(evidence.fraction)} of the image"
     hint = f"{name}: {size}, index {number(evidence.index)}{early}"
-    return Bar(name, evidence.size, pixels(evidence.size), kind, seeds if len(seeds) > 1 else (), hint)
+    return Bar(name, evidence.size, text(evidence.size), kind, seeds if len(seeds) > 1 else (), hint)
 
 
 def rates_chart(cleaning: Cleaning, width: int) -> Markup:
@@ -226,14 +234,14 @@ def _row(bar: Bar, axis: Axis, width: int, y: float, height: int = ROW) -> Marku
     return element("g", *parts)
 
 
-def _band(band: Band, axis: Axis, y: float, end: float) -> Markup:
+def _band(band: Band, axis: Axis, y: float, end: float, text: Callable[[float], str]) -> Markup:
     left, right, middle = axis(band.low), axis(band.high), axis(band.median)
     anchor = "middle" if middle < axis.right - 40 else "end"
     return Markup("").join(
         [
             element("rect", class_="band", x=left, y=y, width=right - left, height=end - y),
             element("line", class_="median", x1=middle, x2=middle, y1=y, y2=end),
-            element("text", f"median {pixels(band.median)}", class_="note", x=middle, y=y - 6, text_anchor=anchor),
+            element("text", f"median {text(band.median)}", class_="note", x=middle, y=y - 6, text_anchor=anchor),
         ]
     )
 
@@ -247,7 +255,9 @@ def _ticks(axis: Axis, y: float) -> Markup:
     return Markup("").join(parts)
 
 
-def _distribution(labels: Sequence[LabelEvidence], axis: Axis, y: float, suspect: int | None) -> Markup:
+def _distribution(
+    labels: Sequence[LabelEvidence], axis: Axis, y: float, suspect: int | None, text: Callable[[float], str]
+) -> Markup:
     """Histogram of all labels over a tick for each, on the axis of the rows above."""
     sized = [e for e in labels if has_size(e)]
     bins = max(1, int((axis.right - axis.left) / 9))
@@ -262,7 +272,7 @@ def _distribution(labels: Sequence[LabelEvidence], axis: Axis, y: float, suspect
     for i, count in enumerate(counts):
         if count:
             tall = max(64 * count / most, 2.0)
-            hint = f"{count:,} labels from {number(i * axis.top / bins)} to {pixels((i + 1) * axis.top / bins)}"
+            hint = f"{count:,} labels from {number(i * axis.top / bins)} to {text((i + 1) * axis.top / bins)}"
             box = {"x": axis.left + i * step, "y": y + 66 - tall, "width": step - 1, "height": tall}
             parts.append(element("rect", element("title", hint), class_="bar complete", **box))
     rug = "".join(f"M{axis(e.size):.1f} {y + 72:g}v10" for e in sized if e.label != suspect)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from bezoar.core.results import Figure, LabelEvidence, Report
+from bezoar.core.results import Figure, LabelEvidence, Report, Search
 
 MISSING = "n/a"
+AGREE = "seeds that suspect the label"  #: Name of a figure of the rule.
 # Invisible characters that can reorder or hide text, or drive a terminal.
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
@@ -70,6 +71,11 @@ def pixels(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return MISSING
     return f"{value:,.0f} px" if value >= 100 else f"{value:.1f} px"
+
+
+def levels(value: float | None) -> str:
+    """A root mean square in [0, 1] as grey levels: ``4.1 of 255``."""
+    return MISSING if value is None or not math.isfinite(value) else f"{255 * value:.1f} of 255"
 
 
 def percent(value: float | None) -> str:
@@ -153,6 +159,11 @@ def _sentence(report: Report) -> str:
         return _cleaning_sentence(report)
     if evidence is None:
         return "No label gave a trigger that could be judged."
+    search = decisive(report)
+    if search is not None:
+        found = next(e for e in search.labels if e.label == report.target)
+        label, how = label_text(report, found.label), f"A faint change of all pixels (RMS {levels(found.size)})"
+        return f"{how} turns {percent(found.asr)} of held-out images into label {label}."
     size = f"{pixels(evidence.size)} ({percent(evidence.fraction)} of the image)"
     label = label_text(report, evidence.label)
     if report.verdict == "backdoored":
@@ -190,6 +201,17 @@ def suspect(report: Report) -> LabelEvidence | None:
     return next((e for e in complete if e.status == "complete"), complete[0] if complete else None)
 
 
+def decisive(report: Report) -> Search | None:
+    """The further search that alone found the target; None where the main scanner found it too, or there is none."""
+    if report.target is None:
+        return None
+    named = sum(s.target == report.target for s in report.seeds)
+    asked = next((f.bound for f in report.rule.figures if f.name == AGREE), 0.0) if report.rule else 0.0
+    if report.seeds and named and named >= asked * len(report.seeds):
+        return None
+    return next((s for s in report.searches if s.target == report.target), None)
+
+
 def size_ratio(report: Report) -> tuple[float, float] | None:
     """The size ratio that the verdict rests on, and its bound; None if the rule uses none."""
     figures = report.rule.figures if report.rule else ()
@@ -214,8 +236,10 @@ def band(report: Report) -> Band | None:
 
 
 def agreeing(report: Report) -> int:
-    """Number of seeds that alone give the verdict and the target of the whole."""
-    return sum(s.verdict == report.verdict and s.target == report.target for s in report.seeds)
+    """Number of seeds that alone give the verdict and the target of the whole, in the search that decided."""
+    search = decisive(report)
+    seeds = report.seeds if search is None else search.seeds
+    return sum(s.verdict == report.verdict and s.target == report.target for s in seeds)
 
 
 def votes(report: Report) -> tuple[str, str]:

@@ -1,0 +1,163 @@
+"""A scan: evidence from each family of triggers, the verdict over all of them, and the pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+
+import torch
+
+from bezoar.core.evidence import Scan
+from bezoar.core.pictures import change_picture, png, stamp_picture
+from bezoar.core.registry import method_name
+from bezoar.core.results import Example, Report, Search, TriggerFacts
+from bezoar.core.run import Progress
+from bezoar.core.surgery import frozen, logits
+from bezoar.core.trigger import InvertedTrigger, MaskedTrigger, Trigger
+from bezoar.ops.verdict import Judgement, combine, judge
+from bezoar.report.wording import sentence
+from bezoar.scanners._together import Together
+from bezoar.scanners.additive_inversion import AdditiveInversion
+from bezoar.scanners.neural_cleanse import NeuralCleanse
+from bezoar.session import Session
+
+_RUNNERS_UP = 4
+_EXAMPLES = 8
+# Shares of the budget kept for what comes after: the additive search, held-out images and the report.
+_RESERVES = (0.45, 0.15)
+
+
+@dataclass(frozen=True)
+class Look:
+    """One family of triggers: how it was searched, what was found, and what that alone says."""
+
+    method: Together
+    evidence: Scan
+    judgement: Judgement
+
+
+def scan_session(session: Session, method: NeuralCleanse) -> tuple[Report, dict[int, InvertedTrigger]]:
+    """Scan the model of a session.
+
+    Returns:
+        The report, and the inverted trigger of each label, the smallest over the seeds: a mask, or the change of the
+        whole image for a target that only the additive search found.
+    """
+    methods: list[Together] = [method]
+    if session.options.additive and method.mode == "fast":
+        shared = {name: getattr(method, name) for name in ("seeds", "labels", "batch", "chunk", "precision")}
+        methods.append(AdditiveInversion(**shared))
+    looks = [look_for(session, one, last=one is methods[-1]) for one in methods]
+    main, *others = looks
+    verdict, target = combine([look.judgement for look in looks])
+    with session.phase("report"):
+        pictures = _pictures(session, main, target)
+        searches = tuple(_search(session, look) for look in others)
+    report = Report(
+        verdict=verdict,
+        target=target,
+        summary="",
+        model=session.suspect.facts,
+        data=session.data.facts,
+        preflight=session.preflight,
+        method=method_name(type(method)),
+        config=method.config() | {"seed": session.options.seed, "held_out": session.options.held_out},
+        rule=main.judgement.rule,
+        labels=main.judgement.labels,
+        seeds=main.judgement.seeds,
+        triggers=pictures,
+        searches=searches,
+        warnings=session.warnings,
+        run=session.facts(),
+    )
+    report = dataclasses.replace(report, summary=sentence(report))
+    triggers = {label: main.evidence.smallest(label)[1].trigger for label in main.evidence.looked_at()}
+    if target is not None and main.judgement.target != target:
+        finder = next(look for look in others if look.judgement.target == target)
+        triggers[target] = finder.evidence.smallest(target)[1].trigger
+    return report, triggers
+
+
+def look_for(session: Session, method: Together, last: bool = True) -> Look:
+    """Search one family of triggers; ``last`` says that no other search comes after it under the budget."""
+    folder = session.checkpoints(method)
+    told = session.run.progress.report
+    name = "scan" if isinstance(method, NeuralCleanse) else "scan for faint changes"
+    session.run.progress = Progress(report=told, folder=folder, seeds=method.seeds, name=name)
+    session.run.reserve = _RESERVES[1] if last else _RESERVES[0]
+    with session.phase("scan"):
+        evidence = method(session.suspect.module, session.clean, session.run)
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Look(method, evidence, judge(evidence, session.data.facts.names))
+
+
+def _search(session: Session, look: Look) -> Search:
+    judged = look.judgement
+    return Search(
+        method=method_name(type(look.method)),
+        config=look.method.config(),
+        unit=look.evidence.unit,
+        verdict=judged.verdict,
+        target=judged.target,
+        rule=judged.rule,
+        seeds=judged.seeds,
+        labels=judged.labels,
+        triggers=_pictures(session, look, judged.target, runners_up=0),
+    )
+
+
+def _pictures(
+    session: Session, look: Look, target: int | None, runners_up: int = _RUNNERS_UP
+) -> tuple[TriggerFacts, ...]:
+    """The target's trigger, or the leading label's, with examples; then those of the runner-up labels."""
+    labels = {row.label: row for row in look.judgement.labels}
+    ranked = sorted(labels.values(), key=lambda row: (row.status != "complete", row.size))
+    first = target if target in labels else look.judgement.leader
+    order = [first] + [row.label for row in ranked if row.label != first]
+    out = []
+    for place, label in enumerate(order[: 1 + runners_up]):
+        seed, found = look.evidence.smallest(label)
+        mask, pattern, stamp = _drawn(found.trigger)
+        out.append(
+            TriggerFacts(
+                label=label,
+                name=labels[label].name,
+                seed=seed,
+                size=found.size,
+                fraction=found.size / look.evidence.whole,
+                asr=found.asr,
+                mask=mask,
+                pattern=pattern,
+                stamp=stamp,
+                examples=_examples(session, found.trigger, label) if place == 0 else (),
+            )
+        )
+    return tuple(out)
+
+
+def _drawn(trigger: InvertedTrigger) -> tuple[str, str, str]:
+    """Pictures of mask, pattern and stamp; an additive trigger has a pattern only."""
+    if isinstance(trigger, MaskedTrigger):
+        return png(trigger.mask), png(trigger.pattern), stamp_picture(trigger.mask, trigger.pattern)
+    return "", change_picture(trigger.delta), ""
+
+
+@torch.no_grad()
+def _examples(session: Session, trigger: Trigger, label: int) -> tuple[Example, ...]:
+    clean, model = session.clean, session.suspect.module
+    rows = torch.nonzero(clean.held_y != label).flatten()
+    rows = rows[torch.linspace(0, len(rows) - 1, min(_EXAMPLES, len(rows))).long()] if len(rows) else rows
+    if not len(rows):
+        return ()
+    x = clean.held_x[rows]
+    stamped = trigger(x)
+    with frozen(model):
+        before, after = (logits(model, images.to(session.run.device)).argmax(1).tolist() for images in (x, stamped))
+    return tuple(
+        Example(
+            original=png(x[i]), stamped=png(stamped[i]), true=int(clean.held_y[r]), before=before[i], after=after[i]
+        )
+        for i, r in enumerate(rows.tolist())
+    )
