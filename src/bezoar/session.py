@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from bezoar.core.results import Preflight, RunFacts
 from bezoar.core.run import Progress, Report, Run
 from bezoar.core.surgery import LogProbabilities, frozen, gives_probabilities
 from bezoar.io.data import CleanData, load_data
+from bezoar.io.datasets import cache_folder
 from bezoar.io.models import load_model
 from bezoar.io.preflight import check_preflight, preflight
 from bezoar.ops.verdict import CALIBRATED_LABELS, RatioRule
@@ -90,13 +90,6 @@ class Session:
         ]
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
         return cache_folder() / "scans" / digest[:32]
-
-
-def cache_folder() -> Path:
-    """Where bezoar keeps checkpoints: ``BEZOAR_CACHE``, or ``bezoar`` in the user's cache folder."""
-    if "BEZOAR_CACHE" in os.environ:
-        return Path(os.environ["BEZOAR_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bezoar"
 
 
 @contextmanager

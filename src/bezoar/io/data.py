@@ -20,10 +20,13 @@ from bezoar.io.data_readers._pixels import Assembly
 from bezoar.io.data_readers.arrow import ArrowReader, ParquetReader
 from bezoar.io.data_readers.folder import FolderReader
 from bezoar.io.data_readers.memory import DatasetReader, LoaderReader, PairReader
+from bezoar.io.data_readers.named import NamedReader
 from bezoar.io.data_readers.npz import NpzReader
+from bezoar.io.datasets.registry import named, nearest
 
 #: All kinds of data; the first that claims a source reads it.
 READERS: tuple[Reader, ...] = (
+    NamedReader(),
     ArrowReader(),
     ParquetReader(),
     NpzReader(),
@@ -118,7 +121,9 @@ def load_data(
               ``data``/``targets``), NHWC, NCHW or NHW, uint8 in [0, 255] or float in [0, 1]; optional ``names``;
             - a Parquet file, a folder of them, or a folder written by ``save_to_disk`` of Hugging Face datasets, with
               the columns ``image`` or ``img``, and ``label``, ``labels`` or ``fine_label``;
-            - ``(x, y)`` as arrays or tensors; a ``Dataset`` of (image, label); a ``DataLoader``, read once.
+            - ``(x, y)`` as arrays or tensors; a ``Dataset`` of (image, label); a ``DataLoader``, read once;
+            - the name of a data set that ``bezoar data get`` has fetched, such as ``cifar-10``: its test images, or its
+              training images as ``cifar-10:train``. A file or folder of that name comes first.
         num_classes: Labels of the model; None takes what the data says.
         size: Height and width of the result: images are resized (bilinear, antialiased) where they differ.
         channels: 1 or 3: images are converted where they differ.
@@ -131,7 +136,7 @@ def load_data(
     """
     _check_settings(size, channels, limit)
     wanted = Wanted(size, channels)
-    source = Path(source) if isinstance(source, str | os.PathLike) else source
+    source = _named_or_path(source) if isinstance(source, str | os.PathLike) else source
     opened = _reader(source).open(source, wanted)
     classes = _check_labels(opened, num_classes)
     index = choose(opened.labels, limit, seed)
@@ -178,6 +183,11 @@ def _check_settings(size: tuple[int, int] | None, channels: int | None, limit: i
         raise SettingError(f"limit must be at least 1, got {limit}", "Give a number of images")
 
 
+def _named_or_path(source: str | os.PathLike[str]) -> object:
+    found = named(source) if isinstance(source, str) and not os.path.exists(source) else None
+    return found or Path(source)
+
+
 def _reader(source: object) -> Reader:
     if isinstance(source, Path):
         _check_path(source)
@@ -207,7 +217,9 @@ def _check_path(path: Path) -> None:
         else:
             raise DataError(f"{shown(path)} is neither a file nor a folder", f"Give {_KINDS}")
     except FileNotFoundError:
-        raise DataError(f"{shown(path)} does not exist", f"Give {_KINDS}") from None
+        near = nearest(str(path))
+        hint = f"Did you mean the data set {near}?" if near else f"Give {_KINDS}"
+        raise DataError(f"{shown(path)} does not exist", hint) from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"cannot open {shown(path)}: {reason}", "Check the path and its permissions") from None

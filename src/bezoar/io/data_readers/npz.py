@@ -6,7 +6,7 @@ import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,29 +21,55 @@ KEYS = (
     ("x", "y"),
     ("images", "labels"),
     ("x_test", "y_test"),
+    ("test_x", "test_y"),
     ("test_images", "test_labels"),
     ("data", "targets"),
     ("data", "labels"),
     ("x_train", "y_train"),
+    ("train_x", "train_y"),
     ("train_images", "train_labels"),
 )
+#: The same for files that hold both parts of a data set.
+PART_KEYS = {
+    part: ((f"{part}_x", f"{part}_y"), (f"x_{part}", f"y_{part}"), (f"{part}_images", f"{part}_labels"))
+    for part in ("train", "test")
+}
 _ENTRY_CAP = 1000
 _HEADER_CAP = 10_000
 _DEFLATE_RATIO = 1100  # deflate cannot do better than 1032 to 1
+
+
+@dataclass(frozen=True)
+class NpzPart:
+    """One part, ``train`` or ``test``, of an ``.npz`` file that holds such parts."""
+
+    path: Path
+    part: Literal["train", "test"]
+
+
+def parts(source: Path) -> set[str]:
+    """Which of ``train`` and ``test`` an ``.npz`` file holds; empty for any other file."""
+    if not NpzReader().claims(source):
+        return set()
+    with reading(source, "an npz file"), zipfile.ZipFile(source) as archive:
+        members = _members(source, archive)
+    return {part for part, keys in PART_KEYS.items() if any(members.keys() >= set(pair) for pair in keys)}
 
 
 class NpzReader:
     """``.npz`` files with images and labels."""
 
     def claims(self, source: object) -> bool:
-        """Whether it is a zip archive."""
-        return starts_with(source, b"PK\x03\x04", b"PK\x05\x06")
+        """Whether it is a zip archive, or part of one."""
+        return isinstance(source, NpzPart) or starts_with(source, b"PK\x03\x04", b"PK\x05\x06")
 
-    def open(self, source: Path, wanted: Wanted) -> Source:
+    def open(self, source: Path | NpzPart, wanted: Wanted) -> Source:
         """Check every header that is needed, then read x and y."""
+        keys = KEYS if isinstance(source, Path) else PART_KEYS[source.part]
+        source = source if isinstance(source, Path) else source.path
         with reading(source, "an npz file"), zipfile.ZipFile(source) as archive:
             members = _members(source, archive)
-            x_key, y_key = _keys(source, members)
+            x_key, y_key = _keys(source, members, keys)
             wanted_keys = [members[k] for k in (x_key, y_key, "names") if k in members]
             arrays = {a.key: a for a in (_Header.read(archive, info) for info in wanted_keys)}
             total = sum(a.size for a in arrays.values())
@@ -77,8 +103,8 @@ def _members(source: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInf
     return members
 
 
-def _keys(source: Path, members: dict[str, zipfile.ZipInfo]) -> tuple[str, str]:
-    for x_key, y_key in KEYS:
+def _keys(source: Path, members: dict[str, zipfile.ZipInfo], keys: tuple[tuple[str, str], ...]) -> tuple[str, str]:
+    for x_key, y_key in keys:
         if x_key in members and y_key in members:
             return x_key, y_key
     found = listed([shown(k) for k in members], 8)
