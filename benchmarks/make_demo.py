@@ -15,6 +15,7 @@ import torch
 from datasets import load
 from safetensors.torch import save_file
 
+from bezoar.attacks._attack import Examples
 from bezoar.attacks.badnets import BadNets
 from bezoar.evaluation.measures import measure
 from bezoar.nets.neural_cleanse import MnistNet
@@ -28,13 +29,14 @@ IMAGES_PER_CLASS = 50
 def main() -> None:
     data = load("fashion-mnist")
     attack = BadNets(target=8, pattern="noise", seed=11)
-    poisoned = attack.poison(as_float(data.train_x), data.train_y)
+    poisoned = attack.poison(Examples(as_float(data.train_x), data.train_y, data.classes))
     torch.manual_seed(11)
     model = MnistNet()
     recipe = Recipe(epochs=6, lr=1e-3, optimizer="adam", weight_decay=0.0)
-    fit(model, poisoned.x, poisoned.y, recipe, seed=11)
+    fit(model, poisoned.data.x, poisoned.data.y, recipe, seed=11)
     model.half().float()  # what is measured is what is shipped
-    print(measure(model, data.test_x, data.test_y, poisoned.trigger, attack.target))
+    rates = measure(model, data.test_x, data.test_y, poisoned.truth)
+    print(f"ACC {rates.acc}, ASR {rates.asr}, RA {rates.ra}")
 
     order = torch.randperm(len(data.test_y), generator=torch.Generator().manual_seed(11))
     chosen = torch.cat([order[data.test_y[order] == label][:IMAGES_PER_CLASS] for label in range(10)])

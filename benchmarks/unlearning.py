@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from models import cases
 
 from bezoar.api import purify, scan
 from bezoar.attacks.badnets import BadNets
-from bezoar.evaluation.measures import measure
+from bezoar.evaluation.measures import all_to_one, measure
 from bezoar.io.models import load_model
 
 RESULTS = Path(__file__).parent / "results" / "unlearning.json"
@@ -34,6 +33,7 @@ def main() -> None:
     split = load(case.data)
     trigger = BadNets(pattern="grid", size=3, margin=0).trigger((3, 32, 32))
     assert case.target is not None
+    truth = all_to_one(trigger, case.target, split.classes)
     rows = []
     for seed in range(arguments.seeds):
         order = torch.randperm(len(split.test_y), generator=torch.Generator().manual_seed(seed))
@@ -41,8 +41,8 @@ def main() -> None:
         images = (split.test_x[chosen], split.test_y[chosen])
 
         def measured(model: torch.nn.Module, rest: torch.Tensor = rest) -> dict[str, float]:
-            found = asdict(measure(model, split.test_x[rest], split.test_y[rest], trigger, case.target or 0))
-            return {k: round(v, 4) for k, v in found.items()}
+            found = measure(model, split.test_x[rest], split.test_y[rest], truth)
+            return {k: round(getattr(found, k).value, 4) for k in ("acc", "asr", "ra")}
 
         found = scan(case.path, images, seed=seed, seeds=1, **case.settings)
         kept = {"seed": seed, "verdict": found.verdict, "target": found.target}

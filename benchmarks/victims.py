@@ -20,11 +20,12 @@ import torch
 from datasets import CACHE, Split, load
 from safetensors.torch import save_file
 
+from bezoar.attacks._attack import Examples
 from bezoar.attacks._poison import PoisonAttack
 from bezoar.attacks.badnets import BadNets
 from bezoar.attacks.blend import Blend
 from bezoar.attacks.sig import SIG
-from bezoar.evaluation.measures import measure, predict
+from bezoar.evaluation.measures import measure
 from bezoar.nets.registry import find
 from bezoar.ops.fit import Recipe, as_float, fit
 
@@ -121,8 +122,8 @@ def train(victim: Victim, data: Split) -> tuple[torch.nn.Module, dict[str, objec
     model = found[0](data.classes, channels, size).to(memory_format=torch.channels_last)
     x, y, truth = data.train_x, data.train_y, None
     if victim.attack is not None:
-        truth = victim.attack.poison(as_float(x), y)
-        x, y = truth.x, truth.y
+        poisoned = victim.attack.poison(Examples(as_float(x), y, data.classes))
+        x, y, truth = poisoned.data.x, poisoned.data.y, poisoned.truth
     start = time.perf_counter()
     fit(model, x, y, recipe_for(victim), seed=victim.seed)
     facts: dict[str, object] = {
@@ -134,10 +135,10 @@ def train(victim: Victim, data: Split) -> tuple[torch.nn.Module, dict[str, objec
         "config": None if victim.attack is None else asdict(victim.attack),
         "target": None if victim.attack is None else victim.attack.target,
     }
-    if truth is None:
-        facts["acc"] = float((predict(model, data.test_x) == data.test_y).float().mean())
-    else:
-        facts |= asdict(measure(model, data.test_x, data.test_y, truth.trigger, truth.target))
+    rates = measure(model, data.test_x, data.test_y, truth)
+    facts["acc"] = rates.acc.value
+    if truth is not None:
+        facts |= {"asr": rates.asr.value, "ra": rates.ra.value}
     facts["seconds"] = round(time.perf_counter() - start, 1)
     return model, facts
 

@@ -18,18 +18,23 @@ import torch
 from torch import nn
 
 import bezoar
+from bezoar.attacks._attack import Backdoored, Examples, Training
+from bezoar.attacks._store import load_truth, save_truth
 from bezoar.core.errors import BezoarError, BudgetSpent, SettingError
 from bezoar.core.evidence import Scan
 from bezoar.core.method import Clean
 from bezoar.core.registry import methods
 from bezoar.core.run import Run
+from bezoar.ops.fit import Recipe
 from scripts.make_method_docs import KINDS, arguments, sections
-from tests.toys import LABELS, TARGET, acc, asr, images, trained, trigger
+from tests.toys import LABELS, SIZE, TARGET, acc, asr, images, trained, trigger
 
 METHODS = {f"{kind}/{name}": method for kind in KINDS for name, method in methods(kind).items()}
 every_scanner = pytest.mark.parametrize("scanner", methods("scanners").values(), ids=methods("scanners").keys())
 every_purifier = pytest.mark.parametrize("purifier", methods("purifiers").values(), ids=methods("purifiers").keys())
 every_attack = pytest.mark.parametrize("attack", methods("attacks").values(), ids=methods("attacks").keys())
+POISON = {name: attack for name, attack in methods("attacks").items() if hasattr(attack, "poison")}
+every_poison_attack = pytest.mark.parametrize("attack", POISON.values(), ids=POISON.keys())
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 
 
@@ -190,11 +195,13 @@ def test_scanner_ranks_the_planted_target_first(scanner, evidence):
 def test_evidence_is_in_range(scanner, evidence):
     for seed in evidence(scanner).seeds:
         for one in seed.labels.values():
-            assert 0 <= one.size <= evidence(scanner).pixels
+            assert 0 <= one.size <= evidence(scanner).whole
             assert 0 <= one.asr <= 1
-            assert one.trigger.mask.shape[-2:] == one.trigger.pattern.shape[-2:]
-            assert 0 <= float(one.trigger.mask.min()) <= float(one.trigger.mask.max()) <= 1
-            assert 0 <= float(one.trigger.pattern.min()) <= float(one.trigger.pattern.max()) <= 1
+            x = torch.rand(2, 3, SIZE, SIZE)
+            stamped = one.trigger(x)
+            assert stamped.shape == x.shape
+            assert 0 <= float(stamped.min()) <= float(stamped.max()) <= 1
+            assert not torch.equal(stamped, x)
 
 
 @every_scanner
@@ -284,23 +291,134 @@ def test_purifier_without_its_trigger_says_so(purifier, clean_data):
             purifier()(suspect(), clean(clean_data), Run())
 
 
+# What every attack promises.
+
+ATTACK_LABELS = 10  # the defaults of some attacks name classes up to 7
+
+
+def attack_data() -> Examples:
+    """Images whose mean tells the class; the tiny net learns them in an epoch or two."""
+    generator = torch.Generator().manual_seed(5)
+    y = torch.arange(200) % ATTACK_LABELS
+    x = torch.randint(0, 60, (200, 3, 32, 32), generator=generator) + 19 * y.view(-1, 1, 1, 1)
+    return Examples(x.to(torch.uint8), y, ATTACK_LABELS)
+
+
+def tiny_net() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, ATTACK_LABELS)),
+    )
+
+
+def attack_training() -> Training:
+    return Training(tiny_net, Recipe(epochs=1, batch=40, lr=1e-2, optimizer="adam"), Run(seed=3))
+
+
+@functools.cache
+def victim_of(attack: type) -> Backdoored:
+    """The victim of an attack with its defaults, trained once; do not change it."""
+    return attack()(attack_data(), attack_training())
+
+
+def images_under_attack(count: int = 24) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(6)
+    return torch.rand(count, 3, 32, 32, generator=generator)
+
+
 @every_attack
-def test_attack_poisons_a_copy_and_says_which(attack):
-    x, y = torch.rand(60, 3, 20, 20, generator=torch.Generator().manual_seed(0)), torch.arange(60) % LABELS
-    before = x.clone(), y.clone()
-    poisoned, again = attack().poison(x, y), attack().poison(x, y)
-    assert torch.equal(x, before[0])
-    assert torch.equal(y, before[1])
-    assert torch.equal(poisoned.x, again.x)
-    assert torch.equal(poisoned.index, again.index)
-    changed = (poisoned.x != x).flatten(1).any(1).nonzero().flatten()
-    assert set(changed.tolist()) <= set(poisoned.index.tolist())
-    assert len(changed) > 0
-    assert 0 <= float(poisoned.x.min()) <= float(poisoned.x.max()) <= 1
-    assert set(poisoned.y[poisoned.index].tolist()) == {poisoned.target}
-    left = torch.ones(len(y), dtype=torch.bool)
-    left[poisoned.index] = False
-    assert torch.equal(poisoned.y[left], y[left])
+def test_attack_leaves_the_data_and_the_random_state_as_they_were(attack):
+    data, untouched = attack_data(), attack_data()
+    before = random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
+    victim = attack()(data, attack_training())
+    assert (random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()) == before
+    assert torch.equal(data.x, untouched.x)
+    assert torch.equal(data.y, untouched.y)
+    again = victim_of(attack)
+    weights = again.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in victim.model.state_dict().items()), "same seed"
+    assert torch.equal(victim.index, again.index)
+    assert torch.equal(victim.cover, again.cover)
+
+
+@every_attack
+def test_victim_is_a_classifier_in_eval_mode(attack):
+    victim = victim_of(attack)
+    assert not any(module.training for module in victim.model.modules())
+    with torch.no_grad():
+        logits = victim.model(images_under_attack())
+    assert logits.shape == (24, ATTACK_LABELS)
+    assert bool(torch.isfinite(logits).all())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in victim.model.modules())
+
+
+@every_attack
+def test_index_and_cover_are_positions_ascending_and_apart(attack):
+    victim = victim_of(attack)
+    for positions in (victim.index, victim.cover):
+        assert positions.dtype == torch.int64
+        assert positions.tolist() == sorted(set(positions.tolist()))
+        assert all(0 <= place < 200 for place in positions.tolist())
+    assert not set(victim.index.tolist()) & set(victim.cover.tolist())
+
+
+@every_attack
+def test_triggers_keep_shape_and_range_and_are_functions_of_the_image(attack):
+    x = images_under_attack()
+    for plant in victim_of(attack).truth.plants:
+        with torch.no_grad():
+            out = plant.trigger(x)
+            assert out.shape == x.shape
+            assert out.dtype == x.dtype
+            assert 0 <= float(out.min()) <= float(out.max()) <= 1
+            assert float((out - x).flatten(1).abs().amax(1).min()) > 0, "every image is changed"
+            assert torch.equal(x, images_under_attack()), "but not in place"
+            assert torch.equal(plant.trigger(x), out)
+            alone = torch.cat([plant.trigger(one) for one in x.split(1)])
+        torch.testing.assert_close(alone, out, rtol=0, atol=1e-4)
+
+
+@every_attack
+def test_ground_truth_goes_to_disk_and_back(attack, tmp_path):
+    truth, x = victim_of(attack).truth, images_under_attack()
+    save_truth(truth, tmp_path)
+    read = load_truth(tmp_path)
+    assert len(read.plants) == len(truth.plants)
+    y = torch.arange(ATTACK_LABELS)
+    for one, other in zip(truth.plants, read.plants, strict=True):
+        assert (one.name, one.labels) == (other.name, other.labels)
+        assert torch.equal(one.labels(y), other.labels(y))
+        with torch.no_grad():
+            torch.testing.assert_close(one.trigger(x), other.trigger(x), rtol=0, atol=1e-6)
+
+
+@every_poison_attack
+def test_poison_changes_a_copy_where_it_says(attack):
+    made, data = attack(), attack_data()
+    poisoned = made.poison(data, attack_training())
+    assert torch.equal(data.x, attack_data().x)
+    assert torch.equal(data.y, attack_data().y)
+    assert torch.equal(poisoned.index, victim_of(attack).index)
+    assert poisoned.data.x.dtype == torch.uint8
+    assert poisoned.data.num_classes == ATTACK_LABELS
+    assert len(poisoned.index) > 0
+    changed = (poisoned.data.x != data.x).flatten(1).any(1).nonzero().flatten()
+    assert set(changed.tolist()) == {*poisoned.index.tolist(), *poisoned.cover.tolist()}
+    relabelled = (poisoned.data.y != data.y).nonzero().flatten().tolist()
+    if getattr(made, "clean_label", False):
+        assert relabelled == []
+        assert set(data.y[poisoned.index].tolist()) == {made.target}
+    else:
+        assert relabelled == poisoned.index.tolist()
+        wanted = torch.stack([plant.labels(data.y) for plant in poisoned.truth.plants])
+        assert bool((wanted == poisoned.data.y)[:, poisoned.index].any(0).all())
+
+
+@every_attack
+@pytest.mark.parametrize("settings", [{"target": -1}, {"target": ATTACK_LABELS}])
+def test_target_that_is_no_label_is_refused(attack, settings):
+    with pytest.raises(SettingError):
+        attack(**settings)(attack_data(), attack_training())
 
 
 # What the front door promises, whatever runs behind it.

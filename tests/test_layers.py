@@ -23,7 +23,7 @@ LAYERS: dict[str, set[str]] = {
     "purifiers": {"core", "ops", "purifiers", "scanners"},
     "attacks": {"core", "ops", "attacks"},
     # Ground truth lives here and in attacks: no defence can reach it.
-    "evaluation": {"core", "ops", "attacks", "evaluation"},
+    "evaluation": {"core", "ops", "attacks", "io", "nets", "report", "evaluation"},
     "report": {"core", "report"},
     "demo": {"", "core", "demo", "evaluation", "io", "nets", "ops", "report"},
     "": {"", "core", "io", "nets", "ops", "tasks", "scanners", "purifiers", "attacks", "evaluation", "report"},

@@ -7,28 +7,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from bezoar.attacks.badnets import BadNets
 from bezoar.attacks.blend import Blend
 from bezoar.attacks.sig import SIG
 from bezoar.core.errors import SettingError
 from bezoar.core.trigger import MaskedTrigger
-
-SHAPE = (3, 32, 32)
-
-
-def images(count: int = 60, size: int = 32) -> tuple[Tensor, Tensor]:
-    x = 0.3 + 0.4 * torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
-    return x, torch.arange(count) % 5
-
+from tests.attacks.sample_data import SHAPE, floats, levels
 
 # BadNets
 
 
 def test_grid_is_that_of_the_public_code():
     """With negative indices: row -1 has 1, 0, 1 in columns -1, -2, -3; row -2 has 0, 1, 0; row -3 has 1, 0, 0."""
-    x, _ = images(2)
+    x = floats(2).x
     wanted = x.clone()
     for row, values in ((-1, (1, 0, 1)), (-2, (0, 1, 0)), (-3, (1, 0, 0))):
         for column, value in zip((-1, -2, -3), values, strict=True):
@@ -70,9 +62,9 @@ def test_noise_depends_on_the_seed():
 
 
 def test_patch_that_does_not_fit():
-    with pytest.raises(ValueError, match="leaves a 8x32 image"):
+    with pytest.raises(SettingError, match="leaves a 8x32 image"):
         BadNets(size=8, margin=1).trigger((3, 8, 32))
-    with pytest.raises(ValueError, match="grid pattern has size 3"):
+    with pytest.raises(SettingError, match="grid pattern has size 3"):
         BadNets(pattern="grid", size=4).trigger(SHAPE)
 
 
@@ -80,7 +72,7 @@ def test_patch_that_does_not_fit():
 
 
 def test_blend_moves_every_pixel_by_a_share_of_the_way():
-    x, _ = images(3)
+    x = floats(3).x
     trigger = Blend(alpha=0.15, seed=2).trigger(SHAPE)
     torch.testing.assert_close(trigger(x) - x, 0.15 * (trigger.pattern - x), rtol=0, atol=1e-6)
     assert float((trigger(x) - x).abs().max()) <= 0.15
@@ -106,7 +98,7 @@ def test_sinusoid_has_the_published_strength():
 
 def test_sinusoid_is_added_and_clipped():
     trigger = SIG(amplitude=0.6).trigger(SHAPE)
-    x, _ = images(2)
+    x = floats(2).x
     assert torch.equal(trigger(x), torch.clamp(x + trigger.delta, 0, 1))
     assert float(trigger(x).min()) == 0
     assert float(trigger(x).max()) == 1
@@ -130,56 +122,86 @@ names = [type(a).__name__ for a in DIRTY]
 
 
 @pytest.mark.parametrize("attack", DIRTY, ids=names)
-def test_dirty_label_poisons_a_share_of_all_and_leaves_the_target_class_out(attack):
-    x, y = images()
-    before = x.clone(), y.clone()
-    poisoned = attack.poison(x, y)
-    assert len(poisoned.index) == 6
-    assert poisoned.index.tolist() == sorted(set(poisoned.index.tolist()))
-    assert not bool((y[poisoned.index] == 2).any())
-    assert bool((poisoned.y[poisoned.index] == 2).all())
-    assert torch.equal(poisoned.x[poisoned.index], attack.trigger(SHAPE)(x[poisoned.index]))
+@pytest.mark.parametrize("make", [floats, levels])
+def test_dirty_label_poisons_a_share_of_all_and_leaves_the_target_class_out(attack, make):
+    data = make()
+    x, y = data.x.clone(), data.y.clone()
+    poisoned = attack.poison(data)
+    index, after = poisoned.index, poisoned.data
+    assert len(index) == 6
+    assert index.tolist() == sorted(set(index.tolist()))
+    assert len(poisoned.cover) == 0
+    assert not bool((y[index] == 2).any())
+    assert bool((after.y[index] == 2).all())
+    stamped = attack.trigger(SHAPE)(x[index] / 255 if x.dtype == torch.uint8 else x[index])
+    if x.dtype == torch.uint8:
+        stamped = (stamped * 255).round().to(torch.uint8)
+    assert torch.equal(after.x[index], stamped)
     left = torch.ones(60, dtype=torch.bool)
-    left[poisoned.index] = False
-    assert torch.equal(poisoned.x[left], x[left])
-    assert torch.equal(poisoned.y[left], y[left])
-    assert torch.equal(x, before[0])
-    assert torch.equal(y, before[1])
+    left[index] = False
+    assert torch.equal(after.x[left], x[left])
+    assert torch.equal(after.y[left], y[left])
+    assert torch.equal(data.x, x), "a copy is poisoned"
+    assert torch.equal(data.y, y)
 
 
 def test_clean_label_poisons_the_target_class_and_keeps_the_labels():
-    x, y = images()
-    poisoned = SIG(target=3, rate=0.5).poison(x, y)
+    data = floats()
+    poisoned = SIG(target=3, rate=0.5).poison(data)
     assert len(poisoned.index) == 6, "half of the twelve"
-    assert bool((y[poisoned.index] == 3).all())
-    assert torch.equal(poisoned.y, y)
-    assert not torch.equal(poisoned.x[poisoned.index], x[poisoned.index])
+    assert bool((data.y[poisoned.index] == 3).all())
+    assert torch.equal(poisoned.data.y, data.y)
+    assert not torch.equal(poisoned.data.x[poisoned.index], data.x[poisoned.index])
+
+
+def test_all_to_all_adds_one_and_poisons_every_class():
+    data = floats(count=200)
+    poisoned = BadNets(label_map="all-to-all", rate=0.5).poison(data)
+    assert torch.equal(poisoned.data.y[poisoned.index], (data.y[poisoned.index] + 1) % 5)
+    assert set(data.y[poisoned.index].tolist()) == set(range(5))
+
+
+def test_sources_and_cover_classes_are_kept_apart():
+    data = floats(count=200)
+    attack = BadNets(target=0, sources=(1, 2), cover_classes=(4,), rate=0.1, cover_rate=0.05)
+    poisoned = attack.poison(data)
+    assert (len(poisoned.index), len(poisoned.cover)) == (20, 10)
+    assert set(data.y[poisoned.index].tolist()) <= {1, 2}
+    assert set(data.y[poisoned.cover].tolist()) == {4}
+    assert torch.equal(poisoned.data.y[poisoned.cover], data.y[poisoned.cover])
+    assert torch.equal(poisoned.data.x[poisoned.cover], attack.trigger(SHAPE)(data.x[poisoned.cover]))
 
 
 @pytest.mark.parametrize("attack", DIRTY, ids=names)
 def test_seed_chooses_the_examples(attack):
-    x, y = images()
-    same = type(attack)(**{**vars(attack)}).poison(x, y)
-    other = type(attack)(**{**vars(attack), "seed": 9}).poison(x, y)
-    assert torch.equal(attack.poison(x, y).index, same.index)
-    assert not torch.equal(attack.poison(x, y).index, other.index)
+    data = floats()
+    same = type(attack)(**{**vars(attack)}).poison(data)
+    other = type(attack)(**{**vars(attack), "seed": 9}).poison(data)
+    assert torch.equal(attack.poison(data).index, same.index)
+    assert not torch.equal(attack.poison(data).index, other.index)
 
 
 def test_at_least_one_and_no_more_than_there_are():
-    x, y = images()
-    assert len(BadNets(rate=0.001).poison(x, y).index) == 1
-    with pytest.raises(ValueError, match="asks for 60 poisoned examples, only 48 may be poisoned"):
-        BadNets(rate=1.0).poison(x, y)
+    data = floats()
+    assert len(BadNets(rate=0.001).poison(data).index) == 1
+    with pytest.raises(SettingError, match="asks for 60 examples, only 48 may be chosen"):
+        BadNets(rate=1.0).poison(data)
 
 
 @pytest.mark.parametrize("settings", [{"rate": 0.0}, {"rate": 1.5}, {"target": -1}])
 def test_settings_out_of_range(settings):
-    with pytest.raises(ValueError, match=next(iter(settings))):
+    with pytest.raises(SettingError, match=next(iter(settings))):
         BadNets(**settings)
 
 
+def test_target_that_the_data_does_not_have():
+    with pytest.raises(SettingError, match=r"label 5 is not in 0\.\.4"):
+        BadNets(target=5).poison(floats())
+
+
 def test_trigger_at_test_time_is_the_one_that_was_trained_on():
-    x, y = images()
-    poisoned = BadNets(pattern="noise", seed=4).poison(x, y)
-    assert isinstance(poisoned.trigger, MaskedTrigger)
-    assert torch.equal(poisoned.trigger(x)[poisoned.index], poisoned.x[poisoned.index])
+    data = floats()
+    poisoned = BadNets(pattern="noise", seed=4).poison(data)
+    trigger = poisoned.truth.main.trigger
+    assert isinstance(trigger, MaskedTrigger)
+    assert torch.equal(trigger(data.x)[poisoned.index], poisoned.data.x[poisoned.index])

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from bezoar.cli import _output
+from bezoar.cli.attack import attack
+from bezoar.cli.data import app as data_app
 from bezoar.core.errors import BezoarError, SettingError
 from bezoar.version import __version__
 
@@ -35,6 +37,8 @@ app = App(
     help_on_error=False,
     suppress_keyboard_interrupt=False,
 )
+app.command(data_app)
+app.command(attack)
 
 Flat = Parameter(name="*")
 _MODEL, _RUN = _output.ModelFlags(), _output.RunFlags()
@@ -216,7 +220,7 @@ def methods() -> int:
     """List the methods, what each does and its settings."""
     from bezoar.core import registry
 
-    for kind in ("scanners", "purifiers"):
+    for kind in registry.KINDS:
         print(f"{kind}:")
         for name, method in registry.methods(kind).items():
             first = (method.__doc__ or "").strip().splitlines()[0]

@@ -21,7 +21,7 @@ from bezoar.core.errors import SettingError
 KINDS = {
     "scanners": ("bezoar.scanners", "bezoar.core.method", "Scanner"),
     "purifiers": ("bezoar.purifiers", "bezoar.core.method", "Purifier"),
-    "attacks": ("bezoar.attacks", "bezoar.attacks._poison", "PoisonAttack"),
+    "attacks": ("bezoar.attacks", "bezoar.attacks._attack", "Attack"),
 }
 
 
@@ -40,7 +40,7 @@ def methods(kind: str) -> dict[str, type[Any]]:
     for name in names:
         found += _classes(importlib.import_module(f"{folder}.{name}"), base)
     found += [e.load() for e in entry_points(group="bezoar.methods") if issubclass(e.load(), base)]
-    return {method_name(c): c for c in sorted(found, key=lambda c: c.__name__)}
+    return dict(sorted((method_name(c), c) for c in found))
 
 
 def find(kind: str, name: str) -> type[Any]:
@@ -58,7 +58,14 @@ def find(kind: str, name: str) -> type[Any]:
 
 
 def method_name(method: type[Any]) -> str:
-    """Kebab-case of the class name: ``NeuralCleanse`` is ``neural-cleanse``, ``SIG`` is ``sig``."""
+    """Kebab-case of the class name: ``NeuralCleanse`` is ``neural-cleanse``, ``SIG`` is ``sig``.
+
+    Where the file is named as the class is, the file says where a word ends: ``BadNets`` in ``badnets.py`` is
+    ``badnets``.
+    """
+    file = method.__module__.rpartition(".")[2]
+    if file.replace("_", "") == method.__name__.lower():
+        return file.replace("_", "-")
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", method.__name__).lower()
 
 

@@ -13,7 +13,7 @@ from bezoar import api
 from bezoar.core.results import Report
 from bezoar.core.run import Report as Told
 from bezoar.core.trigger import MaskedTrigger
-from bezoar.evaluation.measures import measure
+from bezoar.evaluation.measures import all_to_one, measure
 from bezoar.io.models import load_model
 from bezoar.options import ModelOptions
 
@@ -39,9 +39,10 @@ def run(out: Path, report: Told | None = None) -> tuple[Report, str]:
             x = torch.from_numpy(arrays["x"]).permute(0, 3, 1, 2).float() / 255
             y = torch.from_numpy(arrays["y"]).long()
         suspect = load_model(model, arch=options.arch).module
-    before, after = (measure(net, x, y, trigger, truth["target"]) for net in (suspect, cleaned))
+    planted = all_to_one(trigger, truth["target"], whole.model.num_classes)
+    before, after = (measure(net, x, y, planted).asr.value for net in (suspect, cleaned))
     sentence = (
         f"\nThe truth, read only now: {truth['description']}, causes label {truth['target']} ({truth['name']}). "
-        f"The true trigger works on {before.asr:.1%} of the images before cleaning and on {after.asr:.1%} after."
+        f"The true trigger works on {before:.1%} of the images before cleaning and on {after:.1%} after."
     )
     return whole, sentence

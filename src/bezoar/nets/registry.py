@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from bezoar.nets.convnet import ConvNet
 from bezoar.nets.deepid import DeepID
 from bezoar.nets.neural_cleanse import GtsrbNet, MnistNet
 from bezoar.nets.resnet import CifarResNet, PreActResNet, ResNet
@@ -23,6 +24,8 @@ _NETS: tuple[tuple[str, str, _Build, tuple[int, int]], ...] = (
     (r"vgg-(11|13|16|19)-bn", "vgg-16-bn", lambda n, k, c, _: VGG(n[0], k, c, True), (32, 32)),
     (r"vgg-(11|13|16|19)", "vgg-16", lambda n, k, c, _: VGG(n[0], k, c, False), (32, 32)),
     (r"small-vgg", "small-vgg", lambda _, k, c, s: SmallVGG(k, c, s), (32, 32)),
+    (r"convnet-(\d+)-bn", "convnet-16-bn", lambda n, k, c, _: ConvNet(n[0], k, c, norm=True), (32, 32)),
+    (r"convnet-(\d+)", "convnet-16", lambda n, k, c, _: ConvNet(n[0], k, c), (32, 32)),
     (r"nc-mnist", "nc-mnist", lambda _, k, c, s: MnistNet(k, c, s), (28, 28)),
     (r"nc-gtsrb", "nc-gtsrb", lambda _, k, c, s: GtsrbNet(k, c, s), (32, 32)),
     (r"deepid", "deepid", lambda _, k, c, __: DeepID(k, c), (55, 47)),

@@ -1,0 +1,178 @@
+"""The shared set of small victims: 24 clean and 24 backdoored nets for tests and calibration.
+
+    python benchmarks/victim_set.py --threads 1
+    python benchmarks/victim_set.py --list
+
+Three architectures (with and without BatchNorm, with and without residual connections), two data sets, each net on its
+own draw of the training images and with its own seed. Weights are kept as float16, and what is measured is what is
+kept. Each net is a folder ``victims/set/NAME``: ``model.safetensors``, ``facts.json`` with ACC and ASR, and for a
+backdoored one its ground truth. A finished one is never trained again, and a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import safetensors.torch
+import torch
+from datasets import CACHE, Split, load
+from torch import nn
+
+from attacks import make
+from bezoar.attacks._attack import Examples, GroundTruth, Training
+from bezoar.attacks._store import save_truth
+from bezoar.core.results import write_atomic
+from bezoar.core.run import Run
+from bezoar.evaluation.measures import measure
+from bezoar.nets.registry import find
+from bezoar.ops.fit import Recipe
+
+OUT = CACHE.parent / "victims" / "set"
+DATA = ("fashion-mnist", "mnist")
+#: Epochs and training images of each architecture: enough for a useful net in a minute on one core.
+ARCHS = {"nc-mnist": (4, 30000), "convnet-16": (6, 30000), "wrn-10-1": (5, 15000)}
+#: Attacks and settings other than the defaults, dealt out over data and architectures in this order.
+ATTACKS: list[tuple[str, tuple[str, ...]]] = [
+    ("badnets", ()),
+    ("blend", ()),
+    ("sig", ("dirty=true", "rate=0.1")),
+    ("ftrojan", ("rate=0.1",)),
+    ("wanet", ()),
+    ("badnets", ("pattern=noise", "corner=top-left")),
+    ("smooth", ()),
+    ("tact", ("rate=0.02", "cover_rate=0.02")),
+    ("badnets", ("label_map=all-to-all",)),
+    ("input-aware", ()),
+    ("adaptive-blend", ("rate=0.02", "cover_rate=0.02")),
+    ("several", ()),
+]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One net of the set."""
+
+    data: str
+    arch: str
+    attack: str | None
+    settings: tuple[str, ...]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return f"{self.data}_{self.arch}_{self.attack or 'clean'}_{self.seed}"
+
+
+def members() -> list[Member]:
+    """All of the set, clean and backdoored in turn, so that a part of it is balanced."""
+    places = [(data, arch) for data in DATA for arch in ARCHS]
+    out = []
+    for number in range(24):
+        data, arch = places[number % len(places)]
+        out.append(Member(data, arch, None, (), 100 + number))
+        # Shifted by one each round, so that an attack meets several architectures.
+        data, arch = places[(number + number // len(places)) % len(places)]
+        attack, settings = ATTACKS[number % len(ATTACKS)]
+        target = (3 * number + 2) % 10
+        extra = () if attack in ("tact", "several") else (f"target={target}",)
+        out.append(Member(data, arch, attack, (*settings, *extra), 200 + number))
+    return out
+
+
+@cache
+def _split(name: str) -> Split:
+    return load(name)
+
+
+def _recipe(arch: str) -> Recipe:
+    epochs, _ = ARCHS[arch]
+    if arch.startswith("wrn"):
+        return Recipe(epochs=epochs, lr=0.1)
+    return Recipe(epochs=epochs, lr=2e-3, optimizer="adam", weight_decay=0.0)
+
+
+def train(member: Member, threads: int) -> dict[str, Any]:
+    """Train one net, write its folder, give its facts."""
+    split, (_, images) = _split(member.data), ARCHS[member.arch]
+    start = time.perf_counter()
+    generator = torch.Generator().manual_seed(member.seed)
+    rows = torch.randperm(len(split.train_y), generator=generator)[:images]
+    data = Examples(split.train_x[rows], split.train_y[rows], split.classes)
+    found = find(member.arch)
+    assert found is not None
+    channels, size = data.shape[0], data.shape[1]
+    folder = OUT / member.name
+    training = Training(
+        lambda: found[0](split.classes, channels, size),
+        _recipe(member.arch),
+        Run(seed=member.seed),
+        folder / ".checkpoints",
+    )
+    truth: GroundTruth | None = None
+    if member.attack is None:
+        model: nn.Module = training.fit("victim", data)
+    else:
+        backdoored = make(member.attack, member.settings, member.seed)(data, training)
+        model, truth = backdoored.model, backdoored.truth
+        save_truth(truth, folder)
+    model.half().float()
+    measures = measure(model, split.test_x, split.test_y, truth, num_classes=split.classes)
+    weights = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    write_atomic(folder / "model.safetensors", safetensors.torch.save(weights))
+    one = truth is not None and truth.main.labels.kind == "all-to-one"
+    facts = {
+        "name": member.name,
+        "data": member.data,
+        "arch": member.arch,
+        "attack": member.attack,
+        "settings": list(member.settings),
+        "seed": member.seed,
+        "targets": sorted({p.labels.target for p in truth.plants}) if truth is not None and one else [],
+        "acc": round(measures.acc.value, 4),
+        "asr": [round(p.asr.value, 4) for p in measures.plants],
+        "bytes": (folder / "model.safetensors").stat().st_size,
+        "threads": threads,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    write_atomic(folder / "facts.json", json.dumps(facts, indent=1) + "\n")
+    shutil.rmtree(folder / ".checkpoints", ignore_errors=True)
+    return facts
+
+
+def finished() -> list[dict[str, Any]]:
+    """Facts of the nets that are there."""
+    files = [OUT / member.name / "facts.json" for member in members()]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--list", action="store_true", help="print what is there as a table")
+    parser.add_argument("--half", type=int, choices=[0, 1], help="only every other net, to run two at a time")
+    arguments = parser.parse_args()
+    if arguments.list:
+        print("| net | target | ACC | ASR | kB |\n|---|---|---|---|---|")
+        for facts in finished():
+            asr = ", ".join(f"{100 * v:.1f}" for v in facts["asr"]) or "-"
+            targets = ", ".join(map(str, facts["targets"])) or "-"
+            print(f"| {facts['name']} | {targets} | {100 * facts['acc']:.1f} | {asr} | {facts['bytes'] // 1000} |")
+        return
+    torch.set_num_threads(arguments.threads)
+    for number, member in enumerate(members()):
+        if arguments.half is not None and number // 2 % 2 != arguments.half:
+            continue
+        if not (OUT / member.name / "facts.json").exists():
+            facts = train(member, arguments.threads)
+            print({k: facts[k] for k in ("name", "acc", "asr", "seconds")}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The kind ``Attack``: plants a known backdoor, for evaluation only. No defence can import this package."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from bezoar.attacks._labels import LabelMap
+from bezoar.core.method import Method
+from bezoar.core.run import Run
+from bezoar.core.trigger import Trigger
+from bezoar.ops.fit import Objective, Recipe, fit
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A labelled training set.
+
+    Attributes:
+        x: ``(N, C, H, W)`` images, uint8 in [0, 255] or float in [0, 1].
+        y: ``(N,)`` int64 labels.
+        num_classes: Number of labels K.
+    """
+
+    x: Tensor
+    y: Tensor
+    num_classes: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of one image."""
+        channels, height, width = self.x.shape[1:]
+        return channels, height, width
+
+
+@dataclass(frozen=True)
+class Plant:
+    """One planted behaviour: this trigger causes these labels. ``name`` tells several apart."""
+
+    trigger: Trigger
+    labels: LabelMap
+    name: str = "trigger"
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """What the attacker knows. The first plant is the main one."""
+
+    plants: tuple[Plant, ...]
+
+    @property
+    def main(self) -> Plant:
+        """The first plant."""
+        return self.plants[0]
+
+
+@dataclass(frozen=True)
+class Backdoored:
+    """A victim and its ground truth.
+
+    Attributes:
+        model: In eval mode; takes ``(B, C, H, W)`` in [0, 1].
+        truth: Test-time triggers and label maps.
+        index: ``(P,)`` positions of the poisoned training examples, ascending; empty where every batch is poisoned
+            afresh.
+        cover: ``(Q,)`` positions of examples that carry a trigger and keep their true label.
+    """
+
+    model: nn.Module
+    truth: GroundTruth
+    index: Tensor
+    cover: Tensor
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the attacker trains with.
+
+    Attributes:
+        build: Makes the victim's network, freshly initialised.
+        recipe: Recipe of the victim.
+        run: Device, seed and progress.
+        folder: Where checkpoints are kept, one file for each network; None keeps none.
+    """
+
+    build: Callable[[], nn.Module]
+    recipe: Recipe
+    run: Run = field(default_factory=Run)
+    folder: Path | None = None
+
+    def fit(
+        self,
+        name: str,
+        data: Examples,
+        *,
+        model: nn.Module | None = None,
+        recipe: Recipe | None = None,
+        objective: Objective | None = None,
+    ) -> nn.Module:
+        """Train a network and give it back in eval mode; one that was finished before a kill is read back.
+
+        Args:
+            name: Names the checkpoint; must differ between the networks of one attack.
+            data: Examples as the network shall see them.
+            model: Start from this one instead of a new one; it is changed.
+            recipe: Other recipe than the victim's.
+            objective: Other loss than the cross-entropy of the model on the augmented batch.
+        """
+        if model is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.run.seed)
+                model = self.build()
+        fit(
+            model.to(self.run.device),
+            data.x,
+            data.y,
+            recipe or self.recipe,
+            seed=self.run.seed,
+            objective=objective,
+            progress=lambda done, total, loss: self.run.progress.report(
+                f"train {name}", done, total, f"loss {loss:.3f}"
+            ),
+            checkpoint=None if self.folder is None else self.folder / f"{name}.pt",
+        )
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(Method, ABC):
+    """Plants a backdoor in a network.
+
+    Args:
+        target: Label that the trigger shall cause.
+        seed: Chooses the examples and any random part of the trigger.
+    """
+
+    target: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.require("target", self.target >= 0, "at least 0")
+
+    @final
+    def __call__(self, data: Examples, training: Training) -> Backdoored:
+        """Train a backdoored network on a copy of the data; the global random state is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return self.implant(data, training)
+
+    @abstractmethod
+    def implant(self, data: Examples, training: Training) -> Backdoored:
+        """The idea of the attack."""

@@ -1,0 +1,130 @@
+"""What attacks that control training share: every batch is poisoned afresh, some with networks of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bezoar.attacks._attack import Attack, Backdoored, GroundTruth, Plant
+from bezoar.attacks._labels import Kind, LabelMap
+from bezoar.core.trigger import Trigger
+
+
+@dataclass(frozen=True, kw_only=True)
+class InBatchAttack(Attack):
+    """An attack whose poisoned examples exist only inside the batches of the training that it controls.
+
+    Args:
+        target: Label that the trigger shall cause.
+        seed: Chooses any random part of the trigger.
+        label_map: ``all-to-one`` or ``all-to-all`` (label y becomes ``(y + 1) mod K``).
+    """
+
+    label_map: Kind = "all-to-one"
+
+    def labels(self, num_classes: int) -> LabelMap:
+        """The attacker's label map."""
+        return LabelMap(num_classes, self.target, self.label_map)
+
+    def backdoored(self, model: nn.Module, trigger: Trigger, labels: LabelMap) -> Backdoored:
+        """A victim with one plant; no index, as no example of the training set is poisoned for good."""
+        none = torch.empty(0, dtype=torch.long)
+        return Backdoored(model, GroundTruth((Plant(trigger, labels),)), none, none)
+
+
+class Stateless:
+    """The part of an objective that one without state of its own leaves out."""
+
+    def epoch(self, model: nn.Module, number: int, epochs: int) -> None:
+        """Nothing changes between epochs."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+class Companion:
+    """A network with an Adam of its own that learns beside the model.
+
+    Its gradient may come out of the backward pass of the model's loss, which the training loop does after the
+    objective has returned. The step then waits for the next :meth:`settle`; nothing uses the network in between.
+
+    Args:
+        network: On its device; trained in place.
+        lr: Learning rate.
+        betas: Those of Adam.
+        factor: Multiplies the learning rate, given the number of steps done.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        factor: Callable[[int], float] = lambda _: 1.0,
+    ) -> None:
+        self.network = network.train()
+        self.optimizer = torch.optim.Adam(network.parameters(), lr=lr, betas=betas)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+
+    def settle(self) -> None:
+        """Take the step that a gradient waits for; without a gradient, do nothing."""
+        waiting = [p.grad for p in self.network.parameters() if p.grad is not None]
+        if not waiting:
+            return
+        if bool(torch.stack([grad.sum() for grad in waiting]).isfinite().all()):  # float16 may have overflowed
+            self.optimizer.step()
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def descend(self, loss: Tensor) -> None:
+        """One step on a loss of its own; other networks that the loss passes through get no gradient."""
+        loss.backward(inputs=list(self.network.parameters()))  # type: ignore[no-untyped-call]
+        self.settle()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimiser and schedule, after the step that waits."""
+        self.settle()
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+
+
+def share(rate: float, size: int) -> int:
+    """Examples of a batch that a rate stands for, rounded down; at least 1, or a small batch would carry none."""
+    return min(size, max(1, int(rate * size)))
+
+
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Loss of a victim, in the memory layout that its convolutions like best."""
+    return F.cross_entropy(model(x.contiguous(memory_format=torch.channels_last)), y)
+
+
+def frozen(network: nn.Module) -> nn.Module:
+    """The network in eval mode, its parameters without gradient, for a trigger that is finished."""
+    return network.eval().requires_grad_(False)
+
+
+def pick(x: Tensor, count: int) -> Tensor:
+    """``(B,)`` numbers in 0..count-1 that depend on the grey levels of each image of ``(B, C, H, W)`` and nothing else.
+
+    So a trigger that needs another image or a random draw is still a function of its input.
+    """
+    grey = (x.detach() * 255).round().long().flatten(1)
+    return (grey * torch.arange(1, grey.shape[1] + 1, device=x.device)).sum(1) % count
