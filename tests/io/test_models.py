@@ -150,7 +150,8 @@ def test_files_are_told_by_content(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "num_classes", "channels"),
     [("wrn-16-1", 43, 3), ("wrn-10-2", 5, 1), ("preactresnet-18", 3, 3), ("vgg-11", 17, 4), ("nc-mnist", 10, 1)]
-    + [("nc-gtsrb", 43, 3), ("small-vgg", 12, 1), ("deepid", 65, 3), ("resnet-32", 2, 3)],
+    + [("nc-gtsrb", 43, 3), ("small-vgg", 12, 1), ("deepid", 65, 3), ("resnet-32", 2, 3)]
+    + [("convnet-16", 6, 1), ("convnet-16-bn", 4, 3)],
 )
 def test_labels_channels_and_architecture_are_found(name: str, num_classes: int, channels: int, tmp_path: Path) -> None:
     torch.save(build(name, num_classes, channels).state_dict(), tmp_path / "m.pt")

@@ -73,11 +73,11 @@ class DFST(PoisonAttack):
 
     The style is transferred by the statistics of a Laplacian pyramid (no pretrained network is needed) from a sunrise
     that is computed: dark ground, a warm sky and a sun. Its coarsest band comes along as it is: statistics alone are
-    what the transform below can imitate, and nothing would be left to learn. Detoxification, before each epoch but the first: find the units
-    that triggered images excite most, train a small transform of the image that excites them and causes the target,
-    then give such images their true labels in every batch. In the authors' second release the network runs without
-    gradient there, so that only the similarity term trains the transform, and its local minimum is a negated maximum;
-    here both are as they are meant.
+    what the transform below can imitate, and nothing would be left to learn. Detoxification, before each epoch but
+    the first: find the units that triggered images excite most, train a small transform of the image that excites
+    them and causes the target, then give such images their true labels in every batch. In the authors' second release
+    the network runs without gradient there, so that only the similarity term trains the transform, and its local
+    minimum is a negated maximum; here both are as they are meant.
 
     Args:
         rate: Poisoned share of the training set, and share of each batch that is detoxified, in (0, 0.5].
