@@ -6,13 +6,13 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bezoar.attacks._attack import Examples, Training
+from bezoar.attacks._in_batch import Stateless
 from bezoar.core.errors import SettingError, UnsupportedModel
 from bezoar.core.method import Method
 from bezoar.ops.objective import Batch
@@ -131,7 +131,7 @@ def retrain(training: Training, data: Examples, model: nn.Module, held: Sequence
     return victim
 
 
-class _Hold:
+class _Hold(Stateless):
     """Cross-entropy, while some layers keep their BatchNorm statistics."""
 
     def __init__(self, held: Sequence[nn.Module]) -> None:
@@ -141,12 +141,3 @@ class _Hold:
         for module in self.held:
             module.training = False  # not its children: the output layer may be one of them
         return F.cross_entropy(model(batch.augment(batch.x)), batch.y)
-
-    def epoch(self, model: nn.Module, number: int, epochs: int) -> None:
-        del model, number, epochs
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        del state

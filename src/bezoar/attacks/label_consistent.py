@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bezoar.attacks._attack import Examples, Training
+from bezoar.attacks._in_batch import Stateless
 from bezoar.attacks._network import require_training
 from bezoar.attacks._poison import PoisonAttack, Poisoned, stamped
 from bezoar.core.errors import SettingError
@@ -115,7 +116,7 @@ class LabelConsistent(PoisonAttack):
         return changed.detach()
 
 
-class _Robust:
+class _Robust(Stateless):
     """Fast adversarial training: Wong, Rice, Kolter, "Fast Is Better than Free", ICLR 2020."""
 
     def __init__(self, epsilon: float) -> None:
@@ -129,15 +130,6 @@ class _Robust:
         moved = start.detach() + 1.25 * self.epsilon * gradient.sign()
         changed = torch.minimum(torch.maximum(moved, x - self.epsilon), x + self.epsilon).clamp(0, 1)
         return F.cross_entropy(model(changed), batch.y)
-
-    def epoch(self, model: nn.Module, number: int, epochs: int) -> None:
-        del model, number, epochs
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        del state
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,17 +5,15 @@ Everything that depends on the clock stands under ``run``; the rest is the same 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import tempfile
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from bezoar.core.errors import DataError
+from bezoar.core.plain import built, plain
 
 SCHEMA = "bezoar.report/1"
 Verdict = Literal["clean", "backdoored", "inconclusive"]
@@ -267,7 +265,7 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON text; floats that JSON cannot hold become null."""
-        return json.dumps(_plain(self), indent=1, allow_nan=False) + "\n"
+        return json.dumps(plain(self), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -284,16 +282,16 @@ class Report:
             found = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
             raise DataError(f"expected a report of schema {SCHEMA!r}, got {found!r}", "Run the scan again")
         try:
-            report: Self = _build(cls, raw)
+            report: Self = built(cls, raw)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"the report is damaged: {error}", "Run the scan again") from None
         return report
 
     def stable(self) -> dict[str, Any]:
         """Everything but ``run``: equal for equal seeds."""
-        plain: dict[str, Any] = _plain(self)
-        del plain["run"]
-        return plain
+        values: dict[str, Any] = plain(self)
+        del values["run"]
+        return values
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -315,56 +313,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    return value
-
-
-def _build(kind: Any, raw: Any) -> Any:
-    """Rebuild a value of an annotated type from plain JSON."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _build_dataclass(kind, raw)
-    if origin in (types.UnionType, typing.Union):
-        if raw is None and type(None) in arguments:
-            return None
-        return _build(next(a for a in arguments if a is not type(None)), raw)
-    if origin is tuple:
-        return tuple(_build(arguments[0], v) for v in _expect(list, raw))
-    if origin is dict:
-        return {k: _build(arguments[1], v) for k, v in _expect(dict, raw).items()}
-    return _build_plain(kind, raw)
-
-
-def _build_dataclass(kind: type[Any], raw: Any) -> Any:
-    hints = typing.get_type_hints(kind)
-    unknown = set(_expect(dict, raw)) - set(hints)
-    if unknown:
-        raise KeyError(f"{kind.__name__}: unknown {', '.join(sorted(unknown))}")
-    return kind(**{k: _build(hints[k], v) for k, v in raw.items()})
-
-
-def _build_plain(kind: Any, raw: Any) -> Any:
-    if typing.get_origin(kind) is Literal:
-        if raw not in typing.get_args(kind):
-            raise ValueError(f"expected one of {typing.get_args(kind)}, got {raw!r}")
-        return raw
-    if kind is float:
-        return float("nan") if raw is None else float(raw)
-    return _expect(kind, raw) if kind in (int, str, bool) else raw
-
-
-def _expect(kind: type[Any], raw: Any) -> Any:
-    # To Python a bool is an int; to a reader of the report it is not.
-    if not isinstance(raw, kind) or (kind is int and isinstance(raw, bool)):
-        raise TypeError(f"expected {kind.__name__}, got {raw!r:.80}")
-    return raw

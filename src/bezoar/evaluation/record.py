@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from bezoar.core.errors import DataError
-from bezoar.core.results import DataFacts, RunFacts, _build, _plain
+from bezoar.core.plain import built, plain
+from bezoar.core.results import DataFacts, RunFacts
 from bezoar.evaluation.measures import Measures
 from bezoar.evaluation.stealth import Stealth
 
@@ -80,7 +81,7 @@ class Record:
 
     def to_json(self) -> str:
         """The record as JSON text; floats that JSON cannot hold become null."""
-        return json.dumps(_plain(self), indent=1, allow_nan=False) + "\n"
+        return json.dumps(plain(self), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -93,7 +94,7 @@ class Record:
             raw = json.loads(text)
             if raw["schema"] != SCHEMA:
                 raise ValueError(f"expected schema {SCHEMA!r}, got {raw['schema']!r:.80}")
-            record: Self = _build(cls, raw)
+            record: Self = built(cls, raw)
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise DataError(f"not a record of bezoar attack: {error}", "Run bezoar attack again") from None
         return record
