@@ -35,7 +35,7 @@ from bezoar.version import __version__
 RESULTS = Path(__file__).parent / "results" / "attacks.jsonl"
 OUT = CACHE.parent / "attacks"
 DATA, ARCH = "fashion-mnist", "convnet-16-bn"
-RECIPE = Recipe(epochs=8, lr=0.1)
+RECIPE = Recipe(epochs=6, lr=0.1)
 
 #: Attack, settings other than the defaults, kind, number of seeds.
 ATTACKS: list[tuple[str, tuple[str, ...], str, int]] = [

@@ -152,6 +152,15 @@ def finished() -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
+def show() -> None:
+    """Print what is there as a table."""
+    print("| net | target | ACC | ASR | kB |\n|---|---|---|---|---|")
+    for facts in finished():
+        asr = ", ".join(f"{100 * v:.1f}" for v in facts["asr"]) or "-"
+        targets = ", ".join(map(str, facts["targets"])) or "-"
+        print(f"| {facts['name']} | {targets} | {100 * facts['acc']:.1f} | {asr} | {facts['bytes'] // 1000} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
@@ -159,11 +168,7 @@ def main() -> None:
     parser.add_argument("--half", type=int, choices=[0, 1], help="only every other net, to run two at a time")
     arguments = parser.parse_args()
     if arguments.list:
-        print("| net | target | ACC | ASR | kB |\n|---|---|---|---|---|")
-        for facts in finished():
-            asr = ", ".join(f"{100 * v:.1f}" for v in facts["asr"]) or "-"
-            targets = ", ".join(map(str, facts["targets"])) or "-"
-            print(f"| {facts['name']} | {targets} | {100 * facts['acc']:.1f} | {asr} | {facts['bytes'] // 1000} |")
+        show()
         return
     torch.set_num_threads(arguments.threads)
     for number, member in enumerate(members()):

@@ -1,0 +1,177 @@
+"""Fill ``benchmarks/results_page.md.in`` with the figures of ``benchmarks/results/``: docs/results.md.
+
+    python benchmarks/results_page.py
+
+Tables and every figure that a study wrote are put in here; the words around them are in the template.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import calibrate
+import verdicts
+import victim_set
+from victims import OUT
+
+import attacks
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PAGE = HERE.parent / "docs" / "results.md"
+_ORDER = {"published": 0, "report": 1, "calibration": 2}
+
+
+def _json(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+def _rows() -> list[dict[str, Any]]:
+    return sorted(verdicts.read(), key=lambda r: (_ORDER[str(r["part"])], r["truth"] is None, r["name"], r["seed"]))
+
+
+def _summary(rows: list[dict[str, Any]]) -> str:
+    rows = [r for r in rows if r["part"] != "calibration"]
+    clean = [r for r in rows if r["truth"] is None]
+    planted = [r for r in rows if r["truth"] is not None and r["truth"] >= 0]
+    told = {id(r): verdicts.together(r) for r in rows}
+
+    def count(found: list[dict[str, Any]], wanted: str) -> int:
+        return sum(told[id(r)][0] == wanted for r in found)
+
+    right = sum(told[id(r)][:2] == ("backdoored", r["truth"]) for r in planted)
+    wrong = sum(told[id(r)][0] == "backdoored" and told[id(r)][1] != r["truth"] for r in planted)
+    return (
+        f"Over the published and the report nets: {count(clean, 'backdoored')} of {len(clean)} scans of "
+        f"{len({r['name'] for r in clean})} clean nets say `backdoored` ({count(clean, 'inconclusive')} say "
+        f"`inconclusive`); {right} of {len(planted)} scans of {len({r['name'] for r in planted})} backdoored nets say "
+        f"`backdoored` with the right label, {wrong} with a wrong one, {count(planted, 'inconclusive')} are "
+        f"`inconclusive` and {count(planted, 'clean')} say `clean`. The search for masks alone finds "
+        f"{sum(r['target'] == r['truth'] for r in planted)}; it ranks the right label first in "
+        f"{sum(r['leader'] == r['truth'] for r in planted)}."
+    )
+
+
+def _mad(rows: list[dict[str, Any]]) -> tuple[str, str]:
+    rows = [r for r in rows if r["part"] != "calibration"]
+    clean = [r for r in rows if r["truth"] is None]
+    planted = [r for r in rows if r["truth"] is not None and r["truth"] >= 0]
+    return (
+        f"{sum(r['index'] > 2 for r in clean)} of {len(clean)}",
+        f"{sum(r['index'] <= 2 for r in planted)} of {len(planted)}",
+    )
+
+
+def _victims() -> str:
+    lines = ["| net | planted | ACC | ASR |", "|---|---|---|---|"]
+    for file in sorted(OUT.glob("*.json")):
+        facts = json.loads(file.read_text())
+        planted = "-" if facts["attack"] is None else f"{facts['attack']}, target {facts['target']}"
+        asr = f"{facts['asr']:.1%}" if "asr" in facts else "-"
+        lines.append(f"| {facts['name']} | {planted} | {facts['acc']:.1%} | {asr} |")
+    return "\n".join(lines)
+
+
+def _speed() -> str:
+    rows = _json("speed.json")["rows"]
+    lines = ["| procedure | wall s | CPU s | image-gradients | verdict |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        told = f"{row['verdict']}, label {row['target']}"
+        lines.append(f"| {name} | {row['wall']} | {row['cpu']} | {row['image_gradients']:,} | {told} |")
+    slow, one, three = (rows[k] for k in ("reference, 1 seed", "fast, 1 seed", "fast, 3 seeds (default)"))
+
+    def times(key: str) -> str:
+        return f"{slow[key] / one[key]:.0f} and {slow[key] / three[key]:.0f}"
+
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "For the same verdict, and held against `reference` with one seed, `fast` with one seed and with three "
+            f"takes {times('cpu')} times less CPU time, {times('wall')} times less wall time and "
+            f"{times('image_gradients')} times fewer image-gradients.",
+        ]
+    )
+
+
+def _peers() -> str:
+    rows = _json("speed.json")["rows"]
+    one, three = (rows[k]["image_gradients"] for k in ("fast, 1 seed", "fast, 3 seeds (default)"))
+    return (
+        f"That is {2e6 / one:.0f} and {5e6 / one:.0f} times what `fast` takes with one seed, {2e6 / three:.0f} and "
+        f"{5e6 / three:.0f} times with its default of three, the search for faint changes and the second look included."
+    )
+
+
+def _scaling() -> str:
+    lines = ["| labels | CPU s | image-gradients | peak memory, MiB (of it libraries and data) |", "|---|---|---|---|"]
+    for row in _json("scaling.json")["rows"]:
+        memory = f"{row['peak_mib']} ({row['mib_before']})"
+        lines.append(f"| {row['labels']:,} | {row['cpu_seconds']} | {row['image_gradients']:,} | {memory} |")
+    return "\n".join(lines)
+
+
+def _unlearning() -> str:
+    lines = [
+        "| seed | before: ACC / ASR | unlearn: ACC / ASR / RA | finetune: ACC / ASR |",
+        "|---|---|---|---|",
+    ]
+    for row in _json("unlearning.json"):
+        before, after, tuned = row["before"], row["unlearn"], row["finetune"]
+        lines.append(
+            f"| {row['seed']} | {before['acc']:.2%} / {before['asr']:.2%} | "
+            f"{after['acc']:.2%} / {after['asr']:.2%} / {after['ra']:.2%} | {tuned['acc']:.2%} / {tuned['asr']:.2%} |"
+        )
+    return "\n".join(lines)
+
+
+def _corner() -> str:
+    lines = ["| seed | verdict | size, px | centre (row, column) | share in the corner |", "|---|---|---|---|---|"]
+    for row in _json("corner.json"):
+        lines.append(
+            f"| {row['seed']} | {row['verdict']}, label {row['target']} | {row['size']} | "
+            f"{row['row']}, {row['column']} | {row['in_corner']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def _printed(call: Any) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        call()
+    return out.getvalue().strip()
+
+
+def main() -> None:
+    rows = _rows()
+    alarms, misses = _mad(rows)
+    hostile = (HERE.parent / "docs" / "hostile-inputs.md").read_text().splitlines()
+    found = {
+        "VERDICTS": verdicts.table(rows),
+        "SUMMARY": _summary(rows),
+        "MADFALSE": alarms,
+        "MADMISS": misses,
+        "VICTIMS": _victims(),
+        "CALIBRATE": _printed(calibrate.main),
+        "SPEED": _speed(),
+        "PEERS": _peers(),
+        "SCALING": _scaling(),
+        "UNLEARN": _unlearning(),
+        "CORNER": _corner(),
+        "ATTACKS": attacks.table(attacks.read()),
+        "SET": _printed(victim_set.show),
+        "HOSTILE": str(sum(line.startswith("| ") for line in hostile) - 1),
+    }
+    text = (HERE / "results_page.md.in").read_text()
+    for name, value in found.items():
+        text = text.replace(f"@@{name}@@", value)
+    PAGE.write_text(text)
+    print(f"{PAGE.relative_to(HERE.parent)}: {len(text.splitlines())} lines")
+
+
+if __name__ == "__main__":
+    main()
