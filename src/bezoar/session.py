@@ -102,7 +102,7 @@ def open_session(
 ) -> Iterator[Session]:
     """Load, check, move to the device; on the way out the caller's module and threads are as they were."""
     started = time.monotonic()
-    device = _device(options.device)
+    device = device_named(options.device)
     threads = torch.get_num_threads()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -189,7 +189,12 @@ def _divide(data: CleanData, num_classes: int, options: RunOptions) -> Clean:
     return Clean(x=work.x, y=work.y, held_x=held.x, held_y=held.y, num_classes=num_classes)
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """A device by name; ``auto`` takes CUDA where there is one.
+
+    Raises:
+        SettingError: It cannot be used.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -87,12 +87,14 @@ class Training:
         recipe: Recipe of the victim.
         run: Device, seed and progress.
         folder: Where checkpoints are kept, one file for each network; None keeps none.
+        devices: How many devices share each batch; training with an objective of its own takes one.
     """
 
     build: Callable[[], nn.Module]
     recipe: Recipe
     run: Run = field(default_factory=Run)
     folder: Path | None = None
+    devices: int = 1
 
     def fit(
         self,
@@ -127,6 +129,7 @@ class Training:
                 f"train {name}", done, total, f"loss {loss:.3f}"
             ),
             checkpoint=None if self.folder is None else self.folder / f"{name}.pt",
+            devices=self.devices if objective is None else 1,
         )
         return model
 

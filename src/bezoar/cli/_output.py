@@ -56,7 +56,7 @@ class ModelFlags:
             num_classes=self.num_classes,
             mean=_numbers("--mean", self.mean),
             std=_numbers("--std", self.std),
-            size=_size(self.size),
+            size=size_of(self.size),
             channels=self.channels,
             allow_code=self.allow_code,
         )
@@ -71,7 +71,8 @@ def _numbers(flag: str, text: str) -> tuple[float, ...] | None:
         raise SettingError(f"{flag} {text!r} is not a list of numbers", f"Such as {flag} 0.5,0.5,0.5") from None
 
 
-def _size(text: str) -> int | tuple[int, int] | None:
+def size_of(text: str) -> int | tuple[int, int] | None:
+    """``64`` or ``55x47`` in pixels; None for the empty text."""
     if not text.strip():
         return None
     found = re.fullmatch(r"(\d{1,5})(?:[x,](\d{1,5}))?", text.strip().lower())

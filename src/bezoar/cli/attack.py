@@ -82,6 +82,7 @@ def attack(
     export: Literal["npz", "images"] | None = None,
     seed: int = 0,
     device: str = "auto",
+    devices: int = 1,
     threads: int = 0,
     json: _Switch = False,
     quiet: _Switch = False,
@@ -115,6 +116,7 @@ def attack(
         export: Also write the poisoned training set: poisoned.npz, or a folder of images.
         seed: Root of all randomness.
         device: Such as cpu or cuda:0; auto takes CUDA where there is one.
+        devices: GPUs (or, on a CPU, processes) that share each batch, for attacks that only poison the data.
         threads: CPU threads; 0 leaves it to torch.
         json: Print the record as JSON instead of the summary.
         quiet: No progress and no summary.
@@ -124,18 +126,18 @@ def attack(
     from bezoar.core.run import Progress, Run
     from bezoar.evaluation.implant import Victim, implant
     from bezoar.evaluation.splits import read_splits
-    from bezoar.session import _device
+    from bezoar.session import device_named
 
     _output.check_folder(out)
     given = {"target": target, "rate": rate, "seed": seed}
     pairs = tuple(f"{key}={value}" for key, value in given.items() if value is not None)
     planted = _output.method_from("attacks", name, {}, (*pairs, *set_))
-    where = _device(device)
+    where = device_named(device)
     kept = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)
     try:
-        size = _output._size(data_flags.size)
+        size = _output.size_of(data_flags.size)
         splits = read_splits(
             data,
             test,
@@ -151,6 +153,7 @@ def attack(
             recipe=_recipe(arch, splits.train, recipe_flags, recipe),
             clean_twin=clean_twin,
             export=export,
+            devices=devices,
         )
         with _output.progress(quiet) as told:
             progress = Progress() if told is None else Progress(report=told)

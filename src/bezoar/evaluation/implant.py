@@ -62,6 +62,7 @@ class Victim:
         recipe: How to train; see :func:`default_recipe`.
         clean_twin: Also train the same net on the clean data.
         export: Also write the poisoned training set.
+        devices: How many devices share each batch, where the attack leaves the training alone.
     """
 
     attack: Attack
@@ -70,6 +71,7 @@ class Victim:
     recipe: Recipe
     clean_twin: bool = False
     export: Export | None = None
+    devices: int = 1
 
     def build(self) -> nn.Module:
         """The network, with first weights from torch's global generator.
@@ -102,6 +104,7 @@ class Victim:
             self.arch,
             hashlib.sha256(code.read_bytes()).hexdigest() if code.suffix == ".py" and code.is_file() else "",
             dataclasses.asdict(self.recipe),
+            self.devices,  # each sees a share of the batch, so BatchNorm gives other weights
             seed,
             self.splits.train_facts.sha256,
             self.splits.test_facts.sha256,
@@ -198,7 +201,8 @@ class _Work:
     def done(self) -> Record:
         """All steps."""
         victim = self.victim
-        training = Training(victim.build, victim.recipe, self.run, self.out / ".checkpoints" / self.key[:32])
+        folder = self.out / ".checkpoints" / self.key[:32]
+        training = Training(victim.build, victim.recipe, self.run, folder, victim.devices)
         with self.phase("train"):
             backdoored = victim.attack(victim.splits.train, training)
         twin = None
