@@ -139,6 +139,12 @@ def _corner() -> str:
     return "\n".join(lines)
 
 
+def _set_count() -> str:
+    made = victim_set.finished()
+    clean = sum(facts["attack"] is None for facts in made)
+    return f"Trained so far: {clean} clean, {len(made) - clean} backdoored; the command goes on with the rest."
+
+
 def _printed(call: Any) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
@@ -164,6 +170,7 @@ def main() -> None:
         "CORNER": _corner(),
         "ATTACKS": attacks.table(attacks.read()),
         "SET": _printed(victim_set.show),
+        "SETCOUNT": _set_count(),
         "HOSTILE": str(sum(line.startswith("| ") for line in hostile) - 1),
     }
     text = (HERE / "results_page.md.in").read_text()

@@ -144,7 +144,17 @@ def test_labels():
 def test_methods_are_listed(capsys):
     assert run("methods") == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("neural-cleanse", "unlearn", "finetune", "steps=120"))
+    assert all(name in printed for name in ("neural-cleanse", "unlearn", "finetune"))
+
+
+def test_a_method_is_explained(capsys):
+    assert run("methods", "neural-cleanse") == 0
+    printed = capsys.readouterr().out
+    assert "neural-cleanse (scanner)" in printed
+    assert "IEEE S&P 2019" in printed
+    assert "    steps = 120" in printed.splitlines()
+    assert run("methods", "neural-clense") == 2
+    assert "Did you mean 'neural-cleanse'?" in capsys.readouterr().err
 
 
 def test_killed_scan_goes_on_where_it_stopped(tmp_path):

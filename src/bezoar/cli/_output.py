@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import inspect
 import os
 import re
 import shutil
@@ -140,9 +142,26 @@ def method_from(kind: str, name: str, settings: dict[str, Any], pairs: tuple[str
     return method(**settings | fields_from(method, name, "--set", pairs))
 
 
-def settings_line(method: Any) -> str:
-    """``name=default`` of each setting."""
-    return ", ".join(f"{f.name}={getattr(method(), f.name)!r}" for f in dataclasses.fields(method))
+def explain(name: str) -> str:
+    """What a method does, its settings with their defaults, and where it comes from.
+
+    Raises:
+        SettingError: There is no such method; the hint names the nearest.
+    """
+    from bezoar.core import registry
+
+    known = {one: (kind, method) for kind in registry.KINDS for one, method in registry.methods(kind).items()}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        raise SettingError(f"no method {name!r}", f"Did you mean {near[0]!r}?" if near else "See bezoar methods")
+    kind, method = known[name]
+    lines = [f"{name} ({kind.removesuffix('s')})", "", inspect.cleandoc(method.__doc__ or ""), "", "Defaults:"]
+    lines += [f"    {f.name} = {_shown(getattr(method(), f.name))}" for f in dataclasses.fields(method)]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
 def check_folder(out: Path | None) -> None:

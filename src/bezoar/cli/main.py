@@ -19,10 +19,12 @@ from bezoar.version import __version__
 
 _HELP = """Find, remove and prevent backdoors in neural networks.
 
-A backdoored model behaves normally until an input carries the attacker's trigger. Give bezoar a model and a few clean
-images: it says whether the model is backdoored and for which label, shows the trigger, and gives back a clean model.
+A backdoored model behaves normally until an input carries the attacker's
+trigger. Give bezoar a model and a few clean images: it says whether the model
+is backdoored and for which label, shows the trigger, and gives back a clean
+model.
 
-    bezoar demo                                              see it work, in a minute or two
+    bezoar demo                                     see it work in a minute
     bezoar scan model.pth --arch resnet-18 --data images/ --out scan/
     bezoar purify model.pth --arch resnet-18 --data images/ --out cleaned/
 
@@ -216,16 +218,29 @@ def demo(*, out: Path = Path("demo-report"), quiet: Annotated[bool, Parameter(ne
 
 
 @app.command
-def methods() -> int:
-    """List the methods, what each does and its settings."""
+def methods(name: str = "", /) -> int:
+    """List the methods, or explain one with all its settings.
+
+    For instance:
+
+        bezoar methods
+        bezoar methods wanet
+
+    Args:
+        name: The method to explain.
+    """
     from bezoar.core import registry
 
-    for kind in registry.KINDS:
+    if name:
+        print(_output.explain(name))
+        return 0
+    known = {kind: registry.methods(kind) for kind in registry.KINDS}
+    width = max(len(one) for found in known.values() for one in found)
+    for kind, found in known.items():
         print(f"{kind}:")
-        for name, method in registry.methods(kind).items():
-            first = (method.__doc__ or "").strip().splitlines()[0]
-            print(f"  {name:16} {first}")
-            print(f"  {'':16} settings: {_output.settings_line(method)}")
+        for one, method in found.items():
+            print(f"  {one:{width}}  {(method.__doc__ or '').strip().splitlines()[0]}")
+    print("\nSettings of one of them: bezoar methods NAME")
     return 0
 
 
