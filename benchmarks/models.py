@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from datasets import SHARED, load
 from torch import Tensor
+from victim_set import OUT as SET
+from victim_set import finished
 from victims import OUT, VICTIMS
 
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -16,7 +18,11 @@ _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 @dataclass(frozen=True)
 class Case:
-    """A model file, how to read it, its data, and the truth (None: clean; -1: repaired, no claim)."""
+    """A model file, how to read it, its data, and the truth.
+
+    ``target`` is the planted label; None: clean; -1: no claim (repaired, or every label is mapped to another one).
+    ``targets`` are all planted labels.
+    """
 
     part: str
     name: str
@@ -25,6 +31,7 @@ class Case:
     settings: dict[str, object]
     target: int | None
     attack: str
+    targets: tuple[int, ...] = ()
 
     def clean_images(self, seed: int, count: int = 500) -> tuple[Tensor, Tensor]:
         """A random draw of test images, as many of each class as there are."""
@@ -54,8 +61,22 @@ def _published() -> list[Case]:
     ]
 
 
+def _set() -> list[Case]:
+    found = []
+    for facts in finished():
+        targets = tuple(facts["targets"])
+        target = None if facts["attack"] is None else targets[0] if targets else -1
+        path = SET / facts["name"] / "model.safetensors"
+        settings = {"arch": facts["arch"]}
+        attack = " ".join([facts["attack"] or "clean", *facts["settings"][:1]])
+        found.append(Case("set", facts["name"], path, facts["data"], settings, target, attack, targets))
+    return found
+
+
 def cases(part: str) -> list[Case]:
-    """Cases of ``published``, ``calibration`` or ``report`` whose files are present."""
+    """Cases of ``published``, ``calibration``, ``report`` or ``set`` whose files are present."""
+    if part == "set":
+        return _set()
     if part == "published":
         return [case for case in _published() if case.path.exists()]
     found = []

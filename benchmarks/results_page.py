@@ -23,7 +23,7 @@ import attacks
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "results.md"
-_ORDER = {"published": 0, "report": 1, "calibration": 2}
+_ORDER = {"published": 0, "report": 1, "calibration": 2, "set": 3}
 
 
 def _json(name: str) -> Any:
@@ -35,7 +35,6 @@ def _rows() -> list[dict[str, Any]]:
 
 
 def _summary(rows: list[dict[str, Any]]) -> str:
-    rows = [r for r in rows if r["part"] != "calibration"]
     clean = [r for r in rows if r["truth"] is None]
     planted = [r for r in rows if r["truth"] is not None and r["truth"] >= 0]
     told = {id(r): verdicts.together(r) for r in rows}
@@ -43,21 +42,20 @@ def _summary(rows: list[dict[str, Any]]) -> str:
     def count(found: list[dict[str, Any]], wanted: str) -> int:
         return sum(told[id(r)][0] == wanted for r in found)
 
-    right = sum(told[id(r)][:2] == ("backdoored", r["truth"]) for r in planted)
-    wrong = sum(told[id(r)][0] == "backdoored" and told[id(r)][1] != r["truth"] for r in planted)
+    right = sum(verdicts.is_right(r) for r in planted)
+    wrong = count(planted, "backdoored") - right
+    found, first = (sum(r[key] in (r.get("targets") or [r["truth"]]) for r in planted) for key in ("target", "leader"))
     return (
-        f"Over the published and the report nets: {count(clean, 'backdoored')} of {len(clean)} scans of "
+        f"{count(clean, 'backdoored')} of {len(clean)} scans of "
         f"{len({r['name'] for r in clean})} clean nets say `backdoored` ({count(clean, 'inconclusive')} say "
         f"`inconclusive`); {right} of {len(planted)} scans of {len({r['name'] for r in planted})} backdoored nets say "
         f"`backdoored` with the right label, {wrong} with a wrong one, {count(planted, 'inconclusive')} are "
-        f"`inconclusive` and {count(planted, 'clean')} say `clean`. The search for masks alone finds "
-        f"{sum(r['target'] == r['truth'] for r in planted)}; it ranks the right label first in "
-        f"{sum(r['leader'] == r['truth'] for r in planted)}."
+        f"`inconclusive` and {count(planted, 'clean')} say `clean`. The search for masks alone finds {found}; it ranks a "
+        f"right label first in {first}."
     )
 
 
 def _mad(rows: list[dict[str, Any]]) -> tuple[str, str]:
-    rows = [r for r in rows if r["part"] != "calibration"]
     clean = [r for r in rows if r["truth"] is None]
     planted = [r for r in rows if r["truth"] is not None and r["truth"] >= 0]
     return (
@@ -154,11 +152,15 @@ def _printed(call: Any) -> str:
 
 def main() -> None:
     rows = _rows()
-    alarms, misses = _mad(rows)
+    shown = [r for r in rows if r["part"] in ("published", "report")]
+    small = [r for r in rows if r["part"] == "set"]
+    alarms, misses = _mad(shown)
     hostile = (HERE.parent / "docs" / "hostile-inputs.md").read_text().splitlines()
     found = {
-        "VERDICTS": verdicts.table(rows),
-        "SUMMARY": _summary(rows),
+        "VERDICTS": verdicts.table([r for r in rows if r["part"] != "set"]),
+        "SUMMARY": "Over the published and the report nets: " + _summary(shown),
+        "SETVERDICTS": verdicts.table(small),
+        "SETSUMMARY": _summary(small),
         "MADFALSE": alarms,
         "MADMISS": misses,
         "VICTIMS": _victims(),

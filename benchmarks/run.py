@@ -23,7 +23,12 @@ STUDIES: dict[str, list[str]] = {
     "speed": ["speed.py"],
     "scaling": ["scaling.py"],
     "unlearning": ["unlearning.py"],
+    "corner": ["corner.py"],
+    "attacks": ["attacks.py"],
+    "victim-set": ["victim_set.py"],
+    "verdicts-set": ["verdicts.py", "--part", "set", "--seeds", "1"],
     "hostile": ["hostile.py"],
+    "page": ["results_page.py"],
 }
 
 

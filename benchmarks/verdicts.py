@@ -3,6 +3,7 @@
     python benchmarks/verdicts.py --part published --seeds 5
     python benchmarks/verdicts.py --part calibration --seeds 3
     python benchmarks/verdicts.py --part report --seeds 5
+    python benchmarks/verdicts.py --part set --seeds 1
     python benchmarks/verdicts.py --table
 
 Each scan is one line of ``benchmarks/results/verdicts.jsonl``; a finished one is not run again. Each uses a single
@@ -71,6 +72,13 @@ def together(one: dict[str, object]) -> tuple[object, object, object]:
     return ("clean" if clean else "inconclusive"), None, one["leader"]
 
 
+def is_right(one: dict[str, object]) -> bool:
+    """Whether the verdict names a label that was planted."""
+    targets = one.get("targets") or [one["truth"]]
+    assert isinstance(targets, list)
+    return together(one)[0] == "backdoored" and together(one)[1] in targets
+
+
 def update(change: Callable[[list[dict[str, object]]], list[dict[str, object]]]) -> None:
     """Change the lines and write them anew in one move; another process that does the same waits."""
     with RESULTS.with_suffix(".lock").open("w") as lock:
@@ -92,6 +100,7 @@ def row(case: Case, seed: int, result: Result, seconds: float) -> dict[str, obje
         "data": case.data,
         "attack": case.attack,
         "truth": case.target,
+        "targets": list(case.targets or ([] if case.target in (None, -1) else [case.target])),
         "seed": seed,
         "verdict": report.verdict,
         "target": report.target,
@@ -125,7 +134,7 @@ def table(rows: list[dict[str, object]]) -> str:
         alone = [sum(f["verdict"] == v for f in found) for v in verdicts]
         truth = found[0]["truth"]
         planted = isinstance(truth, int) and truth >= 0
-        right = f"{sum(w[1] == truth for w in whole)} of {len(found)}" if planted else "-"
+        right = f"{sum(is_right(f) for f in found)} of {len(found)}" if planted else "-"
         faints = [f["faint"] for f in found if isinstance(f.get("faint"), dict)]
         spread = [_span(found, "ratio"), _span(faints, "ratio"), _span(found, "index")]
         lines.append(
@@ -142,7 +151,7 @@ def _span(rows: list[dict[str, object]], key: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["published", "calibration", "report"])
+    parser.add_argument("--part", choices=["published", "calibration", "report", "set"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help="only models whose name contains this")
