@@ -50,8 +50,8 @@ def _summary(rows: list[dict[str, Any]]) -> str:
         f"{len({r['name'] for r in clean})} clean nets say `backdoored` ({count(clean, 'inconclusive')} say "
         f"`inconclusive`); {right} of {len(planted)} scans of {len({r['name'] for r in planted})} backdoored nets say "
         f"`backdoored` with the right label, {wrong} with a wrong one, {count(planted, 'inconclusive')} are "
-        f"`inconclusive` and {count(planted, 'clean')} say `clean`. The search for masks alone finds {found}; it ranks a "
-        f"right label first in {first}."
+        f"`inconclusive` and {count(planted, 'clean')} say `clean`. The search for masks alone finds {found}; it ranks "
+        f"a right label first in {first}."
     )
 
 
