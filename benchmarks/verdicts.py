@@ -26,6 +26,7 @@ from models import Case, cases
 
 from bezoar.api import Result, scan
 from bezoar.core.results import write_atomic
+from bezoar.ops.verdict import RatioRule
 from bezoar.options import ModelOptions, RunOptions
 from bezoar.scanners.additive_inversion import AdditiveInversion
 from bezoar.scanning import look_for
@@ -60,16 +61,22 @@ def faint(case: Case, seed: int) -> dict[str, object]:
 
 
 def together(one: dict[str, object]) -> tuple[object, object, object]:
-    """Verdict, target and leader of both searches, as ``bezoar.ops.verdict.combine`` has it."""
+    """Verdict, target and leader of both searches, by the order of ``bezoar.ops.verdict.lead``."""
     other = one.get("faint")
     if not isinstance(other, dict):
         return one["verdict"], one["target"], one["leader"]
-    found = [part for part in (one, other) if part["verdict"] == "backdoored"]
-    if found:
-        first = min(found, key=lambda part: float(str(part["ratio"])))
-        return "backdoored", first["target"], first["leader"]
-    clean = one["verdict"] == other["verdict"] == "clean"
-    return ("clean" if clean else "inconclusive"), None, one["leader"]
+    rule = RatioRule()
+    near = {
+        0: float(str(one["ratio"])) / rule.backdoored_ratio,
+        1: float(str(other["ratio"])) / rule.faint_backdoored_ratio,
+    }
+    parts = (one, other)
+    for verdict in ("backdoored", "inconclusive"):
+        found = [n for n in near if parts[n]["verdict"] == verdict]
+        if found:
+            first = parts[min(found, key=lambda n: near[n])]
+            return first["verdict"], first["target"], first["leader"]
+    return one["verdict"], None, one["leader"]
 
 
 def is_right(one: dict[str, object]) -> bool:

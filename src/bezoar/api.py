@@ -38,8 +38,8 @@ class Result:
 
     Attributes:
         report: All of it, as plain values.
-        triggers: Inverted trigger of each label, the smallest over the seeds: a mask and a pattern, or an additive
-            change for a target that only the additive search found.
+        triggers: Inverted trigger of each label, the smallest over the seeds: masks and patterns, or additive changes
+            where that search leads the report.
     """
 
     report: Report
@@ -135,6 +135,11 @@ def scan(
     method, model_options, options = _settings(
         settings, method or NeuralCleanse(), model_options or ModelOptions(), options or RunOptions()
     )
+    if not isinstance(method, NeuralCleanse):
+        raise SettingError(
+            f"method must be a NeuralCleanse with its settings, got {type(method).__name__}",
+            "The search for faint changes runs beside it; additive=False leaves it out",
+        )
     with open_session(model, data, model_options, options, report) as session:
         return _scan(session, method)
 
@@ -225,7 +230,8 @@ def _triggers_to_unlearn(found: Result, label: int | None) -> tuple[dict[int, In
         other = () if found.target in (None, label) else (f"the scan suspects label {found.target}, not {label}",)
         return {label: found.triggers[label]}, other
     if found.target is not None:
-        return {found.target: found.triggers[found.target]}, ()
+        named = {found.target} | {s.target for s in found.report.searches if s.target is not None}
+        return {label: found.triggers[label] for label in sorted(named, key=lambda n: n != found.target)}, ()
     if found.verdict == "clean":
         raise SettingError(
             "the scan found no backdoor, so there is no trigger to unlearn",
@@ -297,7 +303,14 @@ def _layer_changes(before: dict[str, Tensor], after: dict[str, Tensor]) -> tuple
 def _purified_report(session: Session, found: Result | None, cleaning: Cleaning, warnings: Sequence[str]) -> Report:
     if found is not None:
         same_run = found.report.run.seconds | session.seconds
-        run = dataclasses.replace(session.facts(), seconds=same_run, image_gradients=found.report.run.image_gradients)
+        scanned = found.report.run
+        run = dataclasses.replace(
+            session.facts(),
+            seconds=same_run,
+            image_gradients=scanned.image_gradients,
+            budget=scanned.budget,
+            budget_spent=scanned.budget_spent or session.run.budget_spent,
+        )
         kept = (*found.report.warnings, *warnings)
         return dataclasses.replace(found.report, cleaning=cleaning, warnings=kept, run=run)
     return Report(

@@ -15,13 +15,15 @@ from bezoar.core.results import Example, Report, Search, TriggerFacts
 from bezoar.core.run import Progress
 from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import InvertedTrigger, MaskedTrigger, Trigger
-from bezoar.ops.verdict import Judgement, combine, judge
+from bezoar.ops.verdict import Judgement, judge, lead
 from bezoar.report.wording import sentence
 from bezoar.scanners._together import Together
 from bezoar.scanners.additive_inversion import AdditiveInversion
 from bezoar.scanners.neural_cleanse import NeuralCleanse
 from bezoar.session import Session
 
+#: Settings that all searches share.
+_SHARED = ("seeds", "labels", "batch", "reach", "loss", "candidates", "reference_labels", "chunk", "precision")
 _RUNNERS_UP = 4
 _EXAMPLES = 8
 # Shares of the budget kept for what comes after: the additive search, held-out images and the report.
@@ -41,56 +43,73 @@ def scan_session(session: Session, method: NeuralCleanse) -> tuple[Report, dict[
     """Scan the model of a session.
 
     Returns:
-        The report, and the inverted trigger of each label, the smallest over the seeds: a mask, or the change of the
-        whole image for a target that only the additive search found.
+        The report, and the inverted trigger of each label, the smallest over the seeds, from the search that leads.
     """
     methods: list[Together] = [method]
     if session.options.additive and method.mode == "fast":
-        shared = {name: getattr(method, name) for name in ("seeds", "labels", "batch", "chunk", "precision")}
+        shared = {name: getattr(method, name) for name in _SHARED}
         methods.append(AdditiveInversion(**shared))
     looks = [look_for(session, one, last=one is methods[-1]) for one in methods]
-    main, *others = looks
-    verdict, target = combine([look.judgement for look in looks])
+    main = looks[lead([look.judgement for look in looks])]
+    others = [look for look in looks if look is not main]
+    judged = main.judgement
     with session.phase("report"):
-        pictures = _pictures(session, main, target)
+        pictures = _pictures(session, main)
         searches = tuple(_search(session, look) for look in others)
     report = Report(
-        verdict=verdict,
-        target=target,
+        verdict=judged.verdict,
+        target=judged.target,
         summary="",
         model=session.suspect.facts,
         data=session.data.facts,
         preflight=session.preflight,
-        method=method_name(type(method)),
-        config=method.config() | {"seed": session.options.seed, "held_out": session.options.held_out},
-        rule=main.judgement.rule,
-        labels=main.judgement.labels,
-        seeds=main.judgement.seeds,
+        method=method_name(type(main.method)),
+        config=main.method.config() | {"seed": session.options.seed, "held_out": session.options.held_out},
+        unit=main.evidence.unit,
+        rule=judged.rule,
+        labels=judged.labels,
+        seeds=judged.seeds,
         triggers=pictures,
         searches=searches,
-        warnings=session.warnings,
+        warnings=(*session.warnings, *_also_found(judged, others)),
         run=session.facts(),
     )
+    for one in methods:
+        _forget(session, one)
     report = dataclasses.replace(report, summary=sentence(report))
     triggers = {label: main.evidence.smallest(label)[1].trigger for label in main.evidence.looked_at()}
-    if target is not None and main.judgement.target != target:
-        finder = next(look for look in others if look.judgement.target == target)
-        triggers[target] = finder.evidence.smallest(target)[1].trigger
+    for look in others:  # a second backdoor is to be unlearned as well
+        label = look.judgement.target
+        if label is not None and label != judged.target:
+            triggers[label] = look.evidence.smallest(label)[1].trigger
     return report, triggers
+
+
+def _also_found(judged: Judgement, others: list[Look]) -> tuple[str, ...]:
+    """A second backdoor must not pass in silence."""
+    return tuple(
+        f"the search of {method_name(type(look.method))} finds another backdoor, of label {look.judgement.target}"
+        for look in others
+        if look.judgement.verdict == "backdoored" and look.judgement.target != judged.target
+    )
 
 
 def look_for(session: Session, method: Together, last: bool = True) -> Look:
     """Search one family of triggers; ``last`` says that no other search comes after it under the budget."""
     folder = session.checkpoints(method)
     told = session.run.progress.report
-    name = "scan" if isinstance(method, NeuralCleanse) else "scan for faint changes"
-    session.run.progress = Progress(report=told, folder=folder, seeds=method.seeds, name=name)
+    session.run.progress = Progress(report=told, folder=folder, seeds=method.seeds, name=method.phase)
     session.run.reserve = _RESERVES[1] if last else _RESERVES[0]
     with session.phase("scan"):
         evidence = method(session.suspect.module, session.clean, session.run)
+    return Look(method, evidence, judge(evidence, session.data.facts.names))
+
+
+def _forget(session: Session, method: Together) -> None:
+    """Checkpoints go when the whole scan is done: a kill in the second search must not cost the first."""
+    folder = session.checkpoints(method)
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
-    return Look(method, evidence, judge(evidence, session.data.facts.names))
 
 
 def _search(session: Session, look: Look) -> Search:
@@ -104,17 +123,15 @@ def _search(session: Session, look: Look) -> Search:
         rule=judged.rule,
         seeds=judged.seeds,
         labels=judged.labels,
-        triggers=_pictures(session, look, judged.target, runners_up=0),
+        triggers=_pictures(session, look, runners_up=0),
     )
 
 
-def _pictures(
-    session: Session, look: Look, target: int | None, runners_up: int = _RUNNERS_UP
-) -> tuple[TriggerFacts, ...]:
-    """The target's trigger, or the leading label's, with examples; then those of the runner-up labels."""
+def _pictures(session: Session, look: Look, runners_up: int = _RUNNERS_UP) -> tuple[TriggerFacts, ...]:
+    """The leading label's trigger with examples; then those of the runner-up labels."""
     labels = {row.label: row for row in look.judgement.labels}
     ranked = sorted(labels.values(), key=lambda row: (row.status != "complete", row.size))
-    first = target if target in labels else look.judgement.leader
+    first = look.judgement.leader
     order = [first] + [row.label for row in ranked if row.label != first]
     out = []
     for place, label in enumerate(order[: 1 + runners_up]):
@@ -132,6 +149,7 @@ def _pictures(
                 pattern=pattern,
                 stamp=stamp,
                 examples=_examples(session, found.trigger, label) if place == 0 else (),
+                refined=found is look.evidence.refined.get(label),
             )
         )
     return tuple(out)

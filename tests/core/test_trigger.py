@@ -39,10 +39,10 @@ def test_addition_is_clipped():
     assert torch.equal(stamped[:, :, 1:], x[:, :, 1:])
 
 
-def test_addition_is_measured_by_its_norm():
+def test_addition_is_measured_by_its_root_mean_square():
     delta = torch.zeros(3, 5, 6)
     delta[0, 0, 0], delta[2, 4, 5] = 0.3, -0.4
-    assert AdditiveTrigger(delta).size == pytest.approx(0.5)
+    assert AdditiveTrigger(delta).size == pytest.approx((0.25 / delta.numel()) ** 0.5)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 from bezoar.core.evidence import LabelScan, Scan, SeedScan
 from bezoar.core.trigger import MaskedTrigger
-from bezoar.ops.verdict import RatioRule, combine, judge, size_ratio
+from bezoar.ops.verdict import RatioRule, judge, lead, size_ratio
 
 TRIGGER = MaskedTrigger(torch.zeros(1, 10, 10), torch.zeros(3, 10, 10))
 NAMES = tuple("abcdefgh")
@@ -236,15 +236,25 @@ def test_faint_changes_are_judged_by_their_root_mean_square():
     assert judge(faint(0.60, 0.66, 0.18, 0.60, 0.60), NAMES).verdict == "inconclusive", "no faint change"
 
 
-def test_one_search_is_enough_for_backdoored_and_all_are_needed_for_clean():
+def test_the_search_that_tells_most_leads():
     backdoored, clean, weak = (judge(scan(s), NAMES) for s in (BACKDOORED, CLEAN, WEAK))
-    assert combine([clean, backdoored]) == ("backdoored", 2)
-    assert combine([weak, backdoored]) == ("backdoored", 2)
-    assert combine([clean, clean]) == ("clean", None)
-    assert combine([clean, weak]) == ("inconclusive", None)
-    assert combine([weak, weak]) == ("inconclusive", None)
+    assert lead([clean, backdoored]) == 1
+    assert lead([weak, backdoored]) == 1
+    assert lead([clean, weak]) == 1, "what is not settled counts more than what is"
+    assert lead([clean, clean]) == lead([weak, weak]) == 0
 
 
-def test_of_two_targets_the_one_that_stands_out_further_is_named():
+def test_of_two_targets_the_one_that_stands_out_further_leads():
     near, far = judge(scan(seed(7.0, 20.0, 20.0, 20.0, 20.0)), NAMES), judge(faint(0.1, 0.1, 0.1, 0.1, 0.01), NAMES)
-    assert combine([near, far]) == combine([far, near]) == ("backdoored", 4)
+    assert (lead([near, far]), lead([far, near])) == (1, 0)
+    # 0.39 of 0.40 is nearer to the bound than 0.40 of 0.45.
+    patch, change = judge(scan(seed(7.8, 20.0, 20.0, 20.0, 20.0)), NAMES), judge(faint(0.040, 0.1, 0.1, 0.1, 0.1), NAMES)
+    assert (patch.target, change.target) == (0, 0)
+    assert lead([patch, change]) == 1
+
+
+def test_only_a_label_that_was_asked_for_can_be_the_target():
+    asked = replace(scan(BACKDOORED), wanted=(3, 4))
+    found = judge(asked, NAMES)
+    assert (found.verdict, found.target) == ("clean", None)
+    assert found.leader in (3, 4)

@@ -79,7 +79,7 @@ def test_scan_takes_the_additive_search_along_and_says_what_it_found(data, tmp_p
     assert (result.verdict, result.target) == ("backdoored", TARGET)
     result.save(tmp_path)
     again = load_result(tmp_path)
-    assert again.report.searches == result.report.searches
+    assert again.report.to_json() == result.report.to_json()
     for label, trigger in result.triggers.items():
         assert type(again.triggers[label]) is type(trigger)
         probe = torch.rand(2, 3, SIZE, SIZE)

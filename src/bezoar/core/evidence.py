@@ -61,6 +61,7 @@ class Scan:
         pixels: H x W of the images.
         unit: What sizes are counted in.
         refined: Smaller triggers from a longer search, by label; shown, but no part of a verdict.
+        wanted: Labels that the user asked for, which alone can be the target; empty for all.
     """
 
     seeds: tuple[SeedScan, ...]
@@ -68,6 +69,7 @@ class Scan:
     pixels: int
     unit: Unit = "px"
     refined: dict[int, LabelScan] = field(default_factory=dict)
+    wanted: tuple[int, ...] = ()
 
     @property
     def whole(self) -> float:
@@ -80,11 +82,16 @@ class Scan:
         return float(torch.tensor(values).quantile(0.5))
 
     def smallest(self, label: int) -> tuple[int, LabelScan]:
-        """The smallest working trigger of a label, which lies nearest to the attacker's, and the seed that found it."""
+        """The smallest working trigger of a label, which lies nearest to the attacker's, and the seed that found it.
+
+        A refined one counts where it works nearly as well on held-out images.
+        """
         seen = [(s.seed, s.labels[label]) for s in self.seeds if label in s.labels]
-        if label in self.refined:
-            seen.append((self.seeds[0].seed, self.refined[label]))
-        return min(seen, key=lambda found: (found[1].status != "complete", found[1].size))
+        best = min(seen, key=lambda found: (found[1].status != "complete", found[1].size))
+        refined = self.refined.get(label)
+        if refined is not None and refined.size < best[1].size and refined.asr >= 0.9 * best[1].asr:
+            return self.seeds[0].seed, refined
+        return best
 
     def looked_at(self) -> list[int]:
         """Labels that any seed looked at, ascending."""

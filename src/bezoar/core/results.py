@@ -136,7 +136,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class TriggerFacts:
-    """An inverted trigger, with PNG pictures as base64.
+    """An inverted trigger, with PNG pictures as base64; ``refined`` if it comes from the second look at its label.
 
     ``mask``, ``pattern`` and ``stamp`` (mask times pattern) of a masked one; of an additive one ``pattern`` is the
     change on mid-grey, amplified until its largest value is white or black, and the others are empty.
@@ -152,11 +152,12 @@ class TriggerFacts:
     pattern: str
     stamp: str
     examples: tuple[Example, ...] = ()
+    refined: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """Evidence of a further family of triggers, beside that of the main scanner.
+    """Evidence of a further family of triggers, beside that of the search which leads the report.
 
     Attributes:
         method, config: The scanner and its settings.
@@ -243,7 +244,11 @@ class RunFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A scan, a purification, or both, in full; the HTML report is made from it alone."""
+    """A scan, a purification, or both, in full; the HTML report is made from it alone.
+
+    Where several families of triggers were searched, ``method`` to ``triggers`` are those of the search that leads: the
+    one that found the backdoor, or else came closest. ``searches`` are the others.
+    """
 
     verdict: Verdict | None
     target: int | None
@@ -253,6 +258,7 @@ class Report:
     preflight: Preflight
     method: str
     config: dict[str, Any]
+    unit: Literal["px", "rms"] = "px"
     rule: Rule | None = None
     labels: tuple[LabelEvidence, ...] = ()
     seeds: tuple[SeedResult, ...] = ()

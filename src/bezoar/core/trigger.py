@@ -58,8 +58,8 @@ class AdditiveTrigger:
 
     @property
     def size(self) -> float:
-        """L2 norm of the change."""
-        return float(self.delta.norm())
+        """Root mean square of the change, in [0, 1]."""
+        return float(self.delta.square().mean().sqrt())
 
 
 #: What an inversion finds.

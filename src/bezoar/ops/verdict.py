@@ -21,6 +21,10 @@ from bezoar.core.results import Figure, LabelEvidence, Rule, SeedResult, Verdict
 from bezoar.ops.stats import anomaly_index
 
 CALIBRATED_LABELS = 43  #: Most labels of a calibration net.
+FAINT_CALIBRATION = (
+    "bounds set after trials on nets of GTSRB, MNIST, CIFAR-10 and Fashion-MNIST (benchmarks/calibrate.py); what they "
+    "give on others stands in docs/results.md"
+)
 CALIBRATION = (
     "bounds set on 3 clean and 5 backdoored nets (GTSRB, MNIST; benchmarks/calibrate.py): 0 of 4 false alarms, 0 of 7 "
     "missed; so few that the error rate is only known to be under 40 % at 95 % confidence. Measured on others in "
@@ -134,27 +138,41 @@ def judge(scan: Scan, names: tuple[str, ...], rule: RatioRule | None = None) -> 
         verdict,
         target,
         leader,
-        Rule(name="size-ratio", text=rule.text(scan.unit), calibration=CALIBRATION, figures=figures),
+        Rule(
+            name="size-ratio",
+            text=rule.text(scan.unit),
+            calibration=CALIBRATION if scan.unit == "px" else FAINT_CALIBRATION,
+            figures=figures,
+        ),
         results,
         _labels(scan, names),
     )
 
 
-def combine(judgements: Sequence[Judgement]) -> tuple[Verdict, int | None]:
-    """Verdict and target over searches of several families of triggers.
+def lead(judgements: Sequence[Judgement]) -> int:
+    """Which of several searches of one model tells most: the one that found a backdoor, or else came closest.
 
-    A backdoor needs to show in one of them; a model is clean only where all say so. Where several find one, the label
-    with the smallest size ratio is the target.
+    Ratios are compared as shares of their bounds, since the families of triggers differ in how far sizes spread. Where
+    all say clean, it is the first.
     """
-    found = [j for j in judgements if j.verdict == "backdoored"]
-    if found:
-        return "backdoored", min(found, key=lambda j: j.rule.figures[0].value).target
-    return ("clean" if all(j.verdict == "clean" for j in judgements) else "inconclusive"), None
+    order: tuple[Verdict, ...] = ("backdoored", "inconclusive")
+    for verdict in order:
+        found = [n for n, j in enumerate(judgements) if j.verdict == verdict]
+        if found:
+            return min(found, key=lambda n: _nearness(judgements[n]))
+    return 0
+
+
+def _nearness(judgement: Judgement) -> float:
+    ratio = next(f for f in judgement.rule.figures if f.name == "size ratio")
+    value = ratio.value / ratio.bound
+    return value if math.isfinite(value) else math.inf
 
 
 def _seed(seed: SeedScan, scan: Scan, rule: RatioRule) -> tuple[SeedResult, int]:
     # A label whose trigger never worked has no size to speak of: it leads only where none worked.
-    leader = min(seed.labels, key=lambda label: (seed.labels[label].status == "failed", seed.labels[label].size))
+    asked = [label for label in seed.labels if label in scan.wanted] or list(seed.labels)
+    leader = min(asked, key=lambda label: (seed.labels[label].status == "failed", seed.labels[label].size))
     works = seed.labels[leader].status != "failed"
     figures = _figures(seed, leader, scan, rule)
     # All but the last, the anomaly index, which decides nothing.

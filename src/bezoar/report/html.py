@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from bezoar.core.results import LabelEvidence, Report, Search, TriggerFacts
+from bezoar.core.results import LabelEvidence, Report, Search, SeedResult, TriggerFacts
 from bezoar.report import svg, wording
 
 WIDE, NARROW = 720, 320  # Chart widths: screens and paper, phones.
@@ -90,6 +90,8 @@ def _context(report: Report) -> dict[str, Any]:
         "title": wording.title(report),
         "sentence": re.sub(r"(?<=\d) (?=(%|px)(\W|$))", "\N{NO-BREAK SPACE}", wording.sentence(report)),
         "suspect": suspect,
+        "sized": wording.sized,
+        "search_title": wording.search_title,
         "pixel_count": report.model.height * report.model.width,
         "size_ratio": wording.size_ratio(report),
         "band": wording.band(report),
@@ -103,12 +105,11 @@ def _context(report: Report) -> dict[str, Any]:
         "stopped": sum(e.status == "eliminated" for e in report.labels),
         "states": {e.status for e in svg.rows(wording.ranked(report))},
         "ranked": wording.ranked(report)[:MAX_TABLE],
-        "figure_names": _figure_names(report),
+        "figure_names": _figure_names,
         "crisp": max(report.model.height, report.model.width) <= 96,
         "per_label": _span(report.data.per_class),
         "settings": _settings,
         "phases": [(f"Time: {name}", wording.duration(value)) for name, value in report.run.seconds.items()],
-        "decisive": wording.decisive(report),
         "searches": [_search(search) for search in report.searches],
         "max_layers": MAX_LAYERS,
         "max_examples": MAX_EXAMPLES,
@@ -142,7 +143,7 @@ def _charts(report: Report, suspect: LabelEvidence | None) -> dict[str, Markup]:
     done = report.cleaning
     charts: dict[str, Markup] = dict.fromkeys(("sizes", "rates", "layers"), Markup(""))
     if order:
-        charts["sizes"] = _both(lambda width: svg.size_chart(order, suspect=label, band=band, width=width))
+        charts["sizes"] = _size_chart(order, label, band, report.unit)
     if done is not None:
         charts["rates"] = _both(lambda width: svg.rates_chart(done, width))
         layers = done.layers[:MAX_LAYERS]
@@ -152,26 +153,38 @@ def _charts(report: Report, suspect: LabelEvidence | None) -> dict[str, Markup]:
 
 
 def _search(search: Search) -> dict[str, Any]:
-    """A further search, its chart in grey levels."""
-    scaled = [
-        dataclasses.replace(e, size=255 * e.size, sizes=tuple(None if s is None else 255 * s for s in e.sizes))
-        for e in sorted(search.labels, key=lambda e: (not wording.has_size(e), e.size, e.label))
-    ]
-    suspect = search.triggers[0].label if search.triggers else None
+    """A further search and its chart."""
+    rows = sorted(search.labels, key=lambda e: (not wording.has_size(e), e.size, e.label))
+    label = search.triggers[0].label if search.triggers else None
+    return {
+        "found": search,
+        "trigger": next(iter(search.triggers), None),
+        "chart": _size_chart(rows, label, None, search.unit) if rows else Markup(""),
+    }
 
-    def chart(width: int) -> Markup:
-        return svg.size_chart(scaled, suspect=suspect, band=None, width=width, text=lambda v: wording.levels(v / 255))
 
-    return {"found": search, "trigger": next(iter(search.triggers), None), "chart": _both(chart)}
+def _size_chart(rows: list[LabelEvidence], label: int | None, band: wording.Band | None, unit: str) -> Markup:
+    """Trigger sizes in pixels or, of faint changes, in grey levels."""
+    if unit == "rms":
+        rows = [
+            dataclasses.replace(e, size=255 * e.size, sizes=tuple(None if s is None else 255 * s for s in e.sizes))
+            for e in rows
+        ]
+        band = None if band is None else dataclasses.replace(band, median=255 * band.median, mad=255 * band.mad)
+
+    def text(value: float) -> str:
+        return wording.pixels(value) if unit == "px" else wording.number(round(value, 1))
+
+    return _both(lambda width: svg.size_chart(rows, suspect=label, band=band, width=width, text=text))
 
 
 def _both(chart: Callable[[int], Markup]) -> Markup:
     return svg.element("div", chart(WIDE), class_="wide") + svg.element("div", chart(NARROW), class_="narrow")
 
 
-def _figure_names(report: Report) -> list[str]:
+def _figure_names(seeds: Sequence[SeedResult]) -> list[str]:
     """Names of the figures of all seeds, in the order in which they first come up."""
-    return list(dict.fromkeys(f.name for s in report.seeds for f in s.figures))
+    return list(dict.fromkeys(f.name for s in seeds for f in s.figures))
 
 
 def _unbroken(helper: Callable[..., str]) -> Callable[..., str]:

@@ -135,7 +135,8 @@ def _evidence(report: Report, evidence: LabelEvidence | None) -> dict[str, Any]:
     values: dict[str, Any] = {"target": report.target, "method": report.method, "figures": figures}
     values |= {"seeds": len(report.seeds), "seedsThatAgree": wording.agreeing(report), "acc": report.preflight.acc}
     if evidence is not None:
-        values |= {"label": evidence.label, "labelName": evidence.name, "triggerPixels": evidence.size}
+        values |= {"label": evidence.label, "labelName": evidence.name}
+        values["triggerPixels" if report.unit == "px" else "triggerChange"] = evidence.size
         values |= {"triggerFraction": evidence.fraction, "asr": evidence.asr, "anomalyIndex": evidence.index}
     return values
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from bezoar.core.results import Report, Search
+from bezoar.core.results import LabelEvidence, Report, Search
 from bezoar.report import wording
 from bezoar.report.wording import percent, pixels, printable
 
@@ -38,51 +38,38 @@ def summary(report: Report, width: int, color: bool = False, saved: str | None =
 
 def _scan_rows(report: Report) -> list[tuple[str, str]]:
     evidence = wording.suspect(report)
-    if report.verdict is None or evidence is None:
+    if report.verdict is None:
         return []
-    search = wording.decisive(report)
-    if search is not None:
-        return _decisive_rows(report, search)
-    rows = []
-    if report.target is None:
-        rows.append(("Smallest trigger", f"label {wording.label_text(report, evidence.label)}"))
-    total = report.model.height * report.model.width
-    rows.append(("Trigger size", f"{pixels(evidence.size)} of {total:,} ({percent(evidence.fraction)})"))
-    rows.append(("Success (ASR)", f"{percent(evidence.asr)} of held-out images of other labels"))
-    ratio = wording.size_ratio(report)
-    if ratio is not None:
-        value, bound = (wording.number(v) for v in ratio)
-        rows.append(("Size ratio", f"{value} of the median of the other labels (suspect: at most {bound})"))
-    rows.append(("Anomaly index", f"{wording.number(evidence.index)} (decides nothing)"))
-    rows += [("Faint changes", _search_text(report, search)) for search in report.searches]
-    if report.seeds:
+    rows: list[tuple[str, str]] = []
+    if evidence is not None:
+        if report.target is None:
+            rows.append(("Smallest trigger", f"label {wording.label_text(report, evidence.label)}"))
+        rows.append(_size_row(report, evidence))
+        rows.append(("Success (ASR)", f"{percent(evidence.asr)} of held-out images of other labels"))
+        ratio = wording.size_ratio(report)
+        if ratio is not None:
+            value, bound = (wording.number(v) for v in ratio)
+            rows.append(("Size ratio", f"{value} of the median of the other labels (suspect: at most {bound})"))
+        rows.append(("Anomaly index", f"{wording.number(evidence.index)} (decides nothing)"))
+    rows += [_search_row(report, search) for search in report.searches]
+    if report.seeds and evidence is not None:
         rows.append(("Seeds", " ".join(wording.votes(report))))
     return rows
 
 
-def _decisive_rows(report: Report, search: Search) -> list[tuple[str, str]]:
-    """Where a faint change gave it away."""
-    found = next(e for e in search.labels if e.label == report.target)
-    own = next((e for e in report.labels if e.label == report.target), None)
-    rows = [
-        ("Change (RMS)", wording.levels(found.size)),
-        ("Success (ASR)", f"{percent(found.asr)} of held-out images of other labels"),
-        ("Size ratio", _ratio_text(search)),
-    ]
-    if own is not None:
-        rows.append(("As a patch", f"{pixels(own.size)} ({percent(own.fraction)}): does not stand out"))
-    return [*rows, ("Seeds", " ".join(wording.votes(report)))]
+def _size_row(report: Report, evidence: LabelEvidence) -> tuple[str, str]:
+    if report.unit == "rms":
+        return "Change (RMS)", f"{wording.levels(evidence.size)} grey levels, of all pixels"
+    total = report.model.height * report.model.width
+    return "Trigger size", f"{pixels(evidence.size)} of {total:,} ({percent(evidence.fraction)})"
 
 
-def _search_text(report: Report, search: Search) -> str:
+def _search_row(report: Report, search: Search) -> tuple[str, str]:
+    name = "As a patch" if search.unit == "px" else "Faint changes"
     if not search.triggers:
-        return "no label could be judged"
-    return f"smallest leads to label {wording.label_text(report, search.triggers[0].label)}, {_ratio_text(search)}"
-
-
-def _ratio_text(search: Search) -> str:
-    ratio = next(f for f in search.rule.figures if f.name == "size ratio")
-    return f"{wording.number(ratio.value)} of the median (suspect: at most {wording.number(ratio.bound)})"
+        return name, search.verdict
+    label = wording.label_text(report, search.triggers[0].label)
+    return name, f"{search.verdict}; smallest leads to label {label}, {wording.ratio_text(search)}"
 
 
 def _run_rows(report: Report) -> list[tuple[str, str]]:

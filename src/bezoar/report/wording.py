@@ -14,7 +14,6 @@ from typing import Literal
 from bezoar.core.results import Figure, LabelEvidence, Report, Search
 
 MISSING = "n/a"
-AGREE = "seeds that suspect the label"  #: Name of a figure of the rule.
 # Invisible characters that can reorder or hide text, or drive a terminal.
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
@@ -76,6 +75,11 @@ def pixels(value: float | None) -> str:
 def levels(value: float | None) -> str:
     """A root mean square in [0, 1] as grey levels: ``4.1 of 255``."""
     return MISSING if value is None or not math.isfinite(value) else f"{255 * value:.1f} of 255"
+
+
+def sized(unit: str, value: float | None) -> str:
+    """A trigger size with its unit, ``px`` or ``rms``."""
+    return pixels(value) if unit == "px" else levels(value)
 
 
 def percent(value: float | None) -> str:
@@ -159,15 +163,15 @@ def _sentence(report: Report) -> str:
         return _cleaning_sentence(report)
     if evidence is None:
         return "No label gave a trigger that could be judged."
-    search = decisive(report)
-    if search is not None:
-        found = next(e for e in search.labels if e.label == report.target)
-        label, how = label_text(report, found.label), f"A faint change of all pixels (RMS {levels(found.size)})"
-        return f"{how} turns {percent(found.asr)} of held-out images into label {label}."
-    size = f"{pixels(evidence.size)} ({percent(evidence.fraction)} of the image)"
-    label = label_text(report, evidence.label)
+    label, hits = label_text(report, evidence.label), percent(evidence.asr)
+    if report.unit == "rms":
+        what = f"A faint change of all pixels (RMS {levels(evidence.size)})"
+        size = f"a change of all pixels by {levels(evidence.size)} (RMS)"
+    else:
+        size = f"{pixels(evidence.size)} ({percent(evidence.fraction)} of the image)"
+        what = f"A trigger of {size}"
     if report.verdict == "backdoored":
-        return f"A trigger of {size} turns {percent(evidence.asr)} of held-out images into label {label}."
+        return f"{what} turns {hits} of held-out images into label {label}."
     start = "No trigger stands out" if report.verdict == "clean" else "The evidence does not settle it"
     return f"{start}: the smallest one found leads to label {label} and takes {size}."
 
@@ -201,17 +205,6 @@ def suspect(report: Report) -> LabelEvidence | None:
     return next((e for e in complete if e.status == "complete"), complete[0] if complete else None)
 
 
-def decisive(report: Report) -> Search | None:
-    """The further search that alone found the target; None where the main scanner found it too, or there is none."""
-    if report.target is None:
-        return None
-    named = sum(s.target == report.target for s in report.seeds)
-    asked = next((f.bound for f in report.rule.figures if f.name == AGREE), 0.0) if report.rule else 0.0
-    if report.seeds and named and named >= asked * len(report.seeds):
-        return None
-    return next((s for s in report.searches if s.target == report.target), None)
-
-
 def size_ratio(report: Report) -> tuple[float, float] | None:
     """The size ratio that the verdict rests on, and its bound; None if the rule uses none."""
     figures = report.rule.figures if report.rule else ()
@@ -236,10 +229,21 @@ def band(report: Report) -> Band | None:
 
 
 def agreeing(report: Report) -> int:
-    """Number of seeds that alone give the verdict and the target of the whole, in the search that decided."""
-    search = decisive(report)
-    seeds = report.seeds if search is None else search.seeds
-    return sum(s.verdict == report.verdict and s.target == report.target for s in seeds)
+    """Number of seeds that alone give the verdict and the target of the whole."""
+    return sum(s.verdict == report.verdict and s.target == report.target for s in report.seeds)
+
+
+def search_title(unit: str) -> str:
+    """Heading of a search beside the one that leads."""
+    return "Small patches" if unit == "px" else "Faint changes of the whole image"
+
+
+def ratio_text(search: Search) -> str:
+    """The size ratio of a further search, with its bound."""
+    ratio = next((f for f in search.rule.figures if f.name == "size ratio"), None)
+    if ratio is None:
+        return "no size ratio"
+    return f"{number(ratio.value)} of the median (suspect: at most {number(ratio.bound)})"
 
 
 def votes(report: Report) -> tuple[str, str]:
@@ -283,10 +287,17 @@ _BY_VERDICT = {
 }
 
 
+def _families(report: Report) -> str:
+    units = {report.unit, *(search.unit for search in report.searches)}
+    words = {"px": "one small patch", "rms": "one faint change of the whole image"}
+    found = " or ".join(words[unit] for unit in ("px", "rms") if unit in units)
+    return found if "rms" in units else f"{found} (not for faint changes of the whole image)"
+
+
 def _scan_limits(report: Report) -> list[str]:
     lines = [
         _BY_VERDICT[report.verdict or "inconclusive"],
-        "The scan looks for one small change of pixels that turns images of any kind into one label. Triggers that "
+        f"The scan looks for {_families(report)} that turns images of any kind into one label. Triggers that "
         "differ from image to image, warp it, act on some source labels only, or map every label to another one can "
         "go unseen.",
     ]

@@ -37,7 +37,7 @@ class Together(Scanner):
 
     Args:
         seeds: Seeds to scan with; they must agree for a verdict.
-        labels: Labels to look at; empty for all. Others are still sampled for the median.
+        labels: Labels to look at, which alone can be the target; empty for all. Others are sampled for the median.
         steps: Steps, one batch each.
         batch: Images per step, the same ones for all labels.
         lr: Step size of Adam.
@@ -52,6 +52,8 @@ class Together(Scanner):
 
     #: What sizes are counted in.
     unit: ClassVar[Unit]
+    #: Name of the phase, for the user's eye.
+    phase: ClassVar[str] = "scan"
 
     seeds: int = 3
     labels: tuple[int, ...] = ()
@@ -91,11 +93,14 @@ class Together(Scanner):
         for number in range(self.seeds):
             seed = run.seed + number
             if number and run.spendable <= 0:
+                run.budget_spent = True
                 break
             found.append(self.look(model, clean, run, seed, self._wanted(clean, run.seed, found)))
             run.progress.seed_done()
         _, height, width = clean.shape
-        return self.finish(model, clean, run, Scan(tuple(found), clean.num_classes, height * width, self.unit))
+        return self.finish(
+            model, clean, run, Scan(tuple(found), clean.num_classes, height * width, self.unit, wanted=self.labels)
+        )
 
     def finish(self, model: nn.Module, clean: Clean, run: Run, found: Scan) -> Scan:
         """A last look at what was found, after all seeds."""

@@ -20,7 +20,7 @@ class AdditiveInversion(Together):
 
     Args:
         seeds: Seeds to scan with; they must agree for a verdict.
-        labels: Labels to look at; empty for all. Others are still sampled for the median.
+        labels: Labels to look at, which alone can be the target; empty for all. Others are sampled for the median.
         steps: Steps, one batch each.
         batch: Images per step, the same ones for all labels.
         lr: Step size of Adam.
@@ -38,6 +38,7 @@ class AdditiveInversion(Together):
     """
 
     unit: ClassVar[Unit] = "rms"
+    phase: ClassVar[str] = "scan for faint changes"
 
     steps: int = 60
     lr: float = 0.05

@@ -35,7 +35,7 @@ class NeuralCleanse(Together):
     Args:
         mode: ``fast`` or ``reference``.
         seeds: Seeds to scan with; they must agree for a verdict.
-        labels: Labels to look at; empty for all. Others are still sampled for the median.
+        labels: Labels to look at, which alone can be the target; empty for all. Others are sampled for the median.
         steps: Steps of ``fast``, one batch each.
         batch: Images per step of ``fast``, the same ones for all labels.
         lr: Step size of Adam in ``fast``.
@@ -79,6 +79,7 @@ class NeuralCleanse(Together):
         label = _leading(found)
         if self.mode != "fast" or not self.refine or label is None or run.spendable <= 0:
             return found
+        spent = run.budget_spent
         smaller = refine(
             model,
             clean,
@@ -89,7 +90,8 @@ class NeuralCleanse(Together):
             seed=run.seed,
             run=run,
         )
-        if smaller is None:
+        if smaller is None:  # what the verdict rests on was finished all the same
+            run.budget_spent = spent
             return found
         return dataclasses.replace(found, refined=held_out(model, clean, run, {label: smaller}))
 
