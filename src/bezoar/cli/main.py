@@ -76,13 +76,14 @@ def scan(
 
     Args:
         model: Model file or folder: a state dict with --arch, a Hugging Face or timm folder, an ONNX file.
-        data: Clean images with labels: a folder with one folder per class, an .npz with x and y, Parquet.
+        data: Clean images with labels: a folder with one folder per class, an .npz with x and y, Parquet, or a data set
+            by name (see bezoar data list).
         out: Folder for report.html, report.json, report.sarif and the triggers.
         json: Print the whole report as JSON instead of the summary.
         sarif: Print the report as SARIF instead of the summary.
-        mode: fast, or the paper's own procedure, label by label (far slower).
+        mode: fast, or the paper's own procedure, label by label (far slower, and without the search for faint changes).
         seeds: Seeds to scan with; they must agree for a verdict.
-        labels: Labels to look at, such as 3,7,10-14; all by default.
+        labels: Labels that can be the target, such as 3,7,10-14; all by default.
         budget: Time allowed, such as 90s, 2m or 1h; the answer is then the best so far.
         set_: A setting of the method, such as --set steps=200.
         quiet: No progress and no summary; the exit code tells.
