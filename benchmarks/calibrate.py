@@ -9,7 +9,7 @@ the rule errs on the calibration nets. The bounds were set by hand between the t
 
 from __future__ import annotations
 
-from verdicts import read, together
+from verdicts import gap, read, together
 
 from bezoar.ops.stats import wilson
 from bezoar.ops.verdict import RatioRule
@@ -33,6 +33,9 @@ def main() -> None:
         end=" ",
     )
     print(f"highest ratio {max(float(str(r['ratio'])) for r in right):.3f}")
+    for name, found in (("clean", clean), ("backdoored", right)):
+        gaps = sorted((gap(r), str(r["name"])) for r in found)
+        print(f"size over the third smallest, {name}:", ", ".join(f"{value:.2f} {net}" for value, net in gaps))
     print(f"bounds: backdoored at most {rule.backdoored_ratio}, clean at least {rule.clean_ratio}")
     for name, found in (("clean", clean), ("backdoored", planted)):
         faint = sorted(

@@ -60,23 +60,53 @@ def faint(case: Case, seed: int) -> dict[str, object]:
     }
 
 
+def by_masks(one: dict[str, object]) -> tuple[object, object]:
+    """Verdict and target of the masks by the rule as it is now; the line may be older."""
+    rule, ratio = RatioRule(), float(str(one["ratio"]))
+    suspect = (
+        ratio <= rule.backdoored_ratio
+        and (gap(one) <= rule.gap or ratio <= rule.outright)
+        and float(str(one["asr"])) >= rule.asr
+        and float(str(one["share"])) <= rule.share
+    )
+    if suspect:
+        return "backdoored", one["leader"]
+    return ("clean" if ratio >= rule.clean_ratio else "inconclusive"), None
+
+
 def together(one: dict[str, object]) -> tuple[object, object, object]:
-    """Verdict, target and leader of both searches, by the order of ``bezoar.ops.verdict.lead``."""
+    """Verdict, target and leader of both searches, by ``confirm`` and ``lead`` of ``bezoar.ops.verdict``."""
+    verdict, target = by_masks(one)
     other = one.get("faint")
     if not isinstance(other, dict):
-        return one["verdict"], one["target"], one["leader"]
-    rule = RatioRule()
-    near = {
-        0: float(str(one["ratio"])) / rule.backdoored_ratio,
-        1: float(str(other["ratio"])) / rule.faint_backdoored_ratio,
-    }
-    parts = (one, other)
-    for verdict in ("backdoored", "inconclusive"):
-        found = [n for n in near if parts[n]["verdict"] == verdict]
+        return verdict, target, one["leader"]
+    rule, sizes = RatioRule(), _sizes(one)
+    told, label = other["verdict"], str(other["leader"])
+    third = sorted(sizes.values())[2]
+    if told == "backdoored" and sizes.get(label, third) / third > rule.confirm:
+        told = "inconclusive"
+    near = (
+        float(str(one["ratio"])) / rule.backdoored_ratio,
+        float(str(other["ratio"])) / rule.faint_backdoored_ratio,
+    )
+    parts = ((verdict, target, one["leader"]), (told, other["target"] if told == "backdoored" else None, label))
+    for wanted in ("backdoored", "inconclusive"):
+        found = [n for n in (0, 1) if parts[n][0] == wanted]
         if found:
-            first = parts[min(found, key=lambda n: near[n])]
-            return first["verdict"], first["target"], first["leader"]
-    return one["verdict"], None, one["leader"]
+            return parts[min(found, key=lambda n: near[n])]
+    return verdict, None, one["leader"]
+
+
+def gap(one: dict[str, object]) -> float:
+    """Size of the smallest mask over that of the third smallest."""
+    sizes = _sizes(one)
+    return sizes[str(one["leader"])] / sorted(sizes.values())[2]
+
+
+def _sizes(one: dict[str, object]) -> dict[str, float]:
+    sizes = one["sizes"]
+    assert isinstance(sizes, dict)
+    return sizes
 
 
 def is_right(one: dict[str, object]) -> bool:
@@ -138,7 +168,7 @@ def table(rows: list[dict[str, object]]) -> str:
         verdicts = ("backdoored", "inconclusive", "clean")
         whole = [together(f) for f in found]
         counts = [sum(w[0] == v for w in whole) for v in verdicts]
-        alone = [sum(f["verdict"] == v for f in found) for v in verdicts]
+        alone = [sum(by_masks(f)[0] == v for f in found) for v in verdicts]
         truth = found[0]["truth"]
         planted = isinstance(truth, int) and truth >= 0
         right = f"{sum(is_right(f) for f in found)} of {len(found)}" if planted else "-"

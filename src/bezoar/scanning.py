@@ -15,7 +15,7 @@ from bezoar.core.results import Example, Report, Search, TriggerFacts
 from bezoar.core.run import Progress
 from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import InvertedTrigger, MaskedTrigger, Trigger
-from bezoar.ops.verdict import Judgement, judge, lead
+from bezoar.ops.verdict import Judgement, confirm, judge, lead
 from bezoar.report.wording import sentence
 from bezoar.scanners._together import Together
 from bezoar.scanners.additive_inversion import AdditiveInversion
@@ -50,6 +50,9 @@ def scan_session(session: Session, method: NeuralCleanse) -> tuple[Report, dict[
         shared = {name: getattr(method, name) for name in _SHARED}
         methods.append(AdditiveInversion(**shared))
     looks = [look_for(session, one, last=one is methods[-1]) for one in methods]
+    looks = looks[:1] + [
+        dataclasses.replace(look, judgement=confirm(look.judgement, looks[0].evidence)) for look in looks[1:]
+    ]
     main = looks[lead([look.judgement for look in looks])]
     others = [look for look in looks if look is not main]
     judged = main.judgement

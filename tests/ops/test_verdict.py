@@ -10,7 +10,7 @@ import torch
 
 from bezoar.core.evidence import LabelScan, Scan, SeedScan
 from bezoar.core.trigger import MaskedTrigger
-from bezoar.ops.verdict import RatioRule, judge, lead, size_ratio
+from bezoar.ops.verdict import RatioRule, confirm, judge, lead, size_gap, size_ratio
 
 TRIGGER = MaskedTrigger(torch.zeros(1, 10, 10), torch.zeros(3, 10, 10))
 NAMES = tuple("abcdefgh")
@@ -248,7 +248,10 @@ def test_of_two_targets_the_one_that_stands_out_further_leads():
     near, far = judge(scan(seed(7.0, 20.0, 20.0, 20.0, 20.0)), NAMES), judge(faint(0.1, 0.1, 0.1, 0.1, 0.01), NAMES)
     assert (lead([near, far]), lead([far, near])) == (1, 0)
     # 0.39 of 0.40 is nearer to the bound than 0.40 of 0.45.
-    patch, change = judge(scan(seed(7.8, 20.0, 20.0, 20.0, 20.0)), NAMES), judge(faint(0.040, 0.1, 0.1, 0.1, 0.1), NAMES)
+    patch, change = (
+        judge(scan(seed(7.8, 20.0, 20.0, 20.0, 20.0)), NAMES),
+        judge(faint(0.040, 0.1, 0.1, 0.1, 0.1), NAMES),
+    )
     assert (patch.target, change.target) == (0, 0)
     assert lead([patch, change]) == 1
 
@@ -258,3 +261,41 @@ def test_only_a_label_that_was_asked_for_can_be_the_target():
     found = judge(asked, NAMES)
     assert (found.verdict, found.target) == ("clean", None)
     assert found.leader in (3, 4)
+
+
+# Standing apart, and confirmation
+
+
+def test_smallest_of_widely_spread_sizes_does_not_stand_apart():
+    spread = seed(23.7, 32.7, 33.5, 49.8, 66.4, 67.7, 98.0, 100.0, 114.0)
+    found = judge(scan(spread, num_classes=9, pixels=784), tuple("abcdefghi"))
+    shown = {f.name: f for f in found.rule.figures}
+    assert shown["size ratio"].passed, "0.36 of the median"
+    assert shown["gap"].value == pytest.approx(23.7 / 33.5)
+    assert not shown["gap"].passed
+    assert found.verdict == "inconclusive"
+
+
+def test_several_infected_labels_do_not_hide_each_other():
+    many = seed(3.0, 3.2, 3.1, 40.0, 41.0, 42.0, 43.0, 44.0, 45.0)
+    found = judge(scan(many, num_classes=9, pixels=784), tuple("abcdefghi"))
+    assert (found.verdict, found.target) == ("backdoored", 0)
+    assert {f.name: f.bound for f in found.rule.figures}["gap"] == 1.0
+
+
+def test_gap_needs_three_labels_that_worked():
+    two = seed(4.0, 20.0, label(1.0, status="failed"), label(1.0, status="failed"))
+    assert math.isnan(size_gap(two, 0))
+    assert size_gap(BACKDOORED, 2) == pytest.approx(4 / 20)
+
+
+def test_faint_change_needs_the_masks_to_confirm_it():
+    found = judge(faint(0.10, 0.11, 0.03, 0.10, 0.10), NAMES)
+    assert confirm(found, scan(seed(20.0, 22.0, 11.0, 20.0, 21.0))).target == 2, "0.55 of the third smallest"
+    for masks in (CLEAN, seed(20.0, 9.0, 18.0, 20.0, 21.0), seed(20.0, 22.0, label(1.0, status="failed"), 20.0, 21.0)):
+        held = confirm(found, scan(masks))
+        assert (held.verdict, held.target, held.leader) == ("inconclusive", None, 2)
+        assert held.rule.figures[-1].name == "confirmed by masks"
+        assert not held.rule.figures[-1].passed
+    clean = judge(faint(0.10, 0.11, 0.09, 0.10, 0.10), NAMES)
+    assert confirm(clean, scan(CLEAN)).verdict == "clean", "it takes nothing from a model that shows nothing"

@@ -21,14 +21,13 @@ from bezoar.core.results import Figure, LabelEvidence, Rule, SeedResult, Verdict
 from bezoar.ops.stats import anomaly_index
 
 CALIBRATED_LABELS = 43  #: Most labels of a calibration net.
-FAINT_CALIBRATION = (
-    "bounds set after trials on nets of GTSRB, MNIST, CIFAR-10 and Fashion-MNIST (benchmarks/calibrate.py); what they "
-    "give on others stands in docs/results.md"
-)
 CALIBRATION = (
-    "bounds set on 3 clean and 5 backdoored nets (GTSRB, MNIST; benchmarks/calibrate.py): 0 of 4 false alarms, 0 of 7 "
-    "missed; so few that the error rate is only known to be under 40 % at 95 % confidence. Measured on others in "
-    "docs/results.md"
+    "bounds set on 5 clean and 8 backdoored nets (GTSRB, MNIST, CIFAR-10; benchmarks/calibrate.py): 0 of 7 false "
+    "alarms (under 28 % at 95 % confidence), 2 of 10 missed, both sinusoids. Measured on others in docs/results.md"
+)
+FAINT_CALIBRATION = (
+    "bounds set after trials on nets of GTSRB, MNIST, CIFAR-10 and Fashion-MNIST; on clean MNIST nets a natural "
+    "feature can be as faint as a trigger, hence the confirmation by masks. Measured on others in docs/results.md"
 )
 
 
@@ -39,6 +38,12 @@ class RatioRule:
     Args:
         backdoored_ratio: Size over the median of the other reference labels: at or below, the label is suspect.
         clean_ratio: At or above, the label is not; between the two, the evidence is weak.
+        gap: Size over that of the third smallest label: at or below, the label stands apart. In some clean nets sizes
+            spread so widely that the smallest is far under the median, with others close behind it.
+        outright: At this size ratio or below, a label is suspect without a gap, so that several infected labels do not
+            hide each other.
+        confirm: The same gap, of the mask of a label that the search for faint changes suspects: natural features of a
+            label can be faint as well, and a backdoor shows in both.
         faint_backdoored_ratio, faint_clean_ratio: The same for changes of all pixels, whose sizes lie closer together.
         asr: Least success on held-out clean images.
         share: Largest share of the image that counts as a trigger: of its pixels, for a mask.
@@ -53,6 +58,9 @@ class RatioRule:
 
     backdoored_ratio: float = 0.40
     clean_ratio: float = 0.50
+    gap: float = 0.55
+    outright: float = 0.20
+    confirm: float = 0.65
     faint_backdoored_ratio: float = 0.45
     faint_clean_ratio: float = 0.54
     asr: float = 0.75
@@ -68,8 +76,9 @@ class RatioRule:
         """The same rule with the ratios for sizes in this unit."""
         if unit == "px":
             return self
+        # Faint changes are confirmed by masks instead of a gap of their own.
         return dataclasses.replace(
-            self, backdoored_ratio=self.faint_backdoored_ratio, clean_ratio=self.faint_clean_ratio
+            self, backdoored_ratio=self.faint_backdoored_ratio, clean_ratio=self.faint_clean_ratio, gap=1.0
         )
 
     def for_labels(self, count: int) -> RatioRule:
@@ -94,10 +103,16 @@ class RatioRule:
             if unit == "px"
             else f"has a root mean square of at most {self.change:.2g}"
         )
+        apart = (
+            f", and is at most {self.gap:.2g} times as large as the third smallest one (or {self.outright:.2g} times "
+            "as large as the median)"
+            if unit == "px"
+            else f". Masks must confirm it, at {self.confirm:.2g} times the third smallest one or less"
+        )
         return (
             f"A label is suspect when its inverted trigger is at most {self.backdoored_ratio:.2g} times as large as "
             f"the median of the other labels, still works on at least {self.asr:.0%} of held-out clean images and "
-            f"{large}. Backdoored: at least {self.agree:.0%} of the seeds suspect "
+            f"{large}{apart}. Backdoored: at least {self.agree:.0%} of the seeds suspect "
             f"the same label. Clean: no seed suspects a label and most find no ratio under {self.clean_ratio:.2g}. "
             "Anything else is inconclusive. A search that the budget cut short never says clean, and suspects a label "
             f"only after {self.progress:.0%} of its steps. A trigger that never reached the success rate asked for in "
@@ -147,6 +162,37 @@ def judge(scan: Scan, names: tuple[str, ...], rule: RatioRule | None = None) -> 
         results,
         _labels(scan, names),
     )
+
+
+def confirm(judgement: Judgement, masks: Scan, rule: RatioRule | None = None) -> Judgement:
+    """Hold a finding of the search for faint changes against the masks of the same model.
+
+    Args:
+        judgement: Of the search for faint changes.
+        masks: Evidence of the search for masks.
+        rule: Bounds.
+
+    Returns:
+        The same with one more figure; ``inconclusive`` where the masks do not single out the label as well.
+    """
+    rule = rule or RatioRule()
+    label = judgement.leader
+    gaps = [size_gap(s, label) for s in masks.seeds if label in s.labels and s.labels[label].status != "failed"]
+    value = float(np.median(gaps)) if gaps else float("nan")
+    passed = value <= rule.confirm
+    figure = Figure(
+        name="confirmed by masks",
+        value=value,
+        bound=rule.confirm,
+        passed=passed,
+        meaning="size of the label's mask over that of the third smallest label, median over the seeds",
+    )
+    judgement = dataclasses.replace(
+        judgement, rule=dataclasses.replace(judgement.rule, figures=(*judgement.rule.figures, figure))
+    )
+    if judgement.verdict != "backdoored" or passed:
+        return judgement
+    return dataclasses.replace(judgement, verdict="inconclusive", target=None)
 
 
 def lead(judgements: Sequence[Judgement]) -> int:
@@ -205,7 +251,9 @@ def _figures(seed: SeedScan, label: int, scan: Scan, rule: RatioRule) -> tuple[F
         if scan.unit == "px"
         else ("change of the image", rule.change, "root mean square of the change, where 1 is from black to white")
     )
-    ratio, index = size_ratio(seed, label), _index(seed, label)
+    ratio, index, gap = size_ratio(seed, label), _index(seed, label), size_gap(seed, label)
+    # Far enough below the median, or of a family that masks confirm, a label needs no gap.
+    apart = 1.0 if ratio <= rule.outright else rule.gap
     return (
         Figure(
             name="size ratio",
@@ -213,6 +261,13 @@ def _figures(seed: SeedScan, label: int, scan: Scan, rule: RatioRule) -> tuple[F
             bound=rule.backdoored_ratio,
             passed=ratio <= rule.backdoored_ratio,
             meaning="trigger size over the median of the other labels; small is suspect",
+        ),
+        Figure(
+            name="gap",
+            value=gap,
+            bound=apart,
+            passed=gap <= apart or math.isnan(gap),
+            meaning="trigger size over that of the third smallest label; small stands apart",
         ),
         Figure(
             name="held-out ASR",
@@ -265,6 +320,12 @@ def size_ratio(seed: SeedScan, label: int) -> float:
     """Size of a label's trigger over the median size of the other reference labels."""
     others = [s.size for other, s in seed.labels.items() if s.reference and other != label]
     return seed.labels[label].size / max(1e-9, float(np.median(others))) if others else float("nan")
+
+
+def size_gap(seed: SeedScan, label: int) -> float:
+    """Size of a label's trigger over that of the third smallest label; NaN with fewer than three that worked."""
+    works = sorted(s.size for s in seed.labels.values() if s.status != "failed")
+    return seed.labels[label].size / max(1e-9, works[2]) if len(works) >= 3 else float("nan")
 
 
 def _index(seed: SeedScan, label: int) -> float:
