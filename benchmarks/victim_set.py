@@ -43,7 +43,7 @@ ATTACKS: list[tuple[str, tuple[str, ...]]] = [
     ("badnets", ()),
     ("blend", ()),
     ("sig", ("dirty=true", "rate=0.1")),
-    ("ftrojan", ("rate=0.1", "magnitude=90")),
+    ("ftrojan", ("rate=0.1", "magnitude=300")),
     ("wanet", ("strength=1",)),
     ("badnets", ("pattern=noise", "corner=top-left")),
     ("smooth", ("epsilon=32/255",)),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bezoar.core.errors import SettingError
+from bezoar.core.errors import DataError, SettingError
 from bezoar.core.method import Clean
 from bezoar.core.model import Suspect
 from bezoar.core.results import Preflight, RunFacts
@@ -27,6 +27,7 @@ from bezoar.io.data import CleanData, load_data
 from bezoar.io.datasets import cache_folder
 from bezoar.io.models import load_model
 from bezoar.io.preflight import check_preflight, preflight
+from bezoar.nets.registry import find, takes_any_size
 from bezoar.ops.verdict import CALIBRATED_LABELS, RatioRule
 from bezoar.options import ModelOptions, RunOptions
 from bezoar.version import __version__
@@ -161,15 +162,30 @@ def open_session(
 def _sized_by_data(
     model: str | Path | nn.Module, data: Any, model_options: ModelOptions, options: RunOptions
 ) -> ModelOptions:
-    """A module of the user's own does not say what it takes: the images are the best guess, unless the user knows."""
-    own = isinstance(model, nn.Module) or ".py:" in (model_options.arch or "")
-    if not own or (model_options.size is not None and model_options.channels is not None):
+    """What does not say which images it takes: their own size is the best guess, unless the user knows.
+
+    That is a module of the user's own, and a reference net whose weights fit every size. For the latter, images that
+    are much larger or smaller than it is made for are brought to its usual size.
+    """
+    name = model_options.arch or ""
+    reference = takes_any_size(name) if model_options.size is None else False
+    own = isinstance(model, nn.Module) or ".py:" in name
+    if not (own or reference) or (model_options.size is not None and model_options.channels is not None):
         return model_options
     size = (model_options.size,) * 2 if isinstance(model_options.size, int) else model_options.size
-    seen = load_data(
-        data, num_classes=None, size=size, channels=model_options.channels, limit=options.images, seed=options.seed
-    )
+    try:
+        seen = load_data(
+            data, num_classes=None, size=size, channels=model_options.channels, limit=options.images, seed=options.seed
+        )
+    except DataError:
+        if own:
+            raise
+        return model_options  # of several sizes, for one: the usual size it is, and a true fault comes up again
     channels, height, width = seen.shape
+    if not own:
+        usual = max(find(name)[1])  # type: ignore[index]
+        near = max(height, width, usual) <= 1.5 * min(height, width, usual)
+        return dataclasses.replace(model_options, size=(height, width)) if near else model_options
     return dataclasses.replace(
         model_options, size=model_options.size or (height, width), channels=model_options.channels or channels
     )

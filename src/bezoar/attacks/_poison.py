@@ -69,6 +69,8 @@ class PoisonAttack(Attack):
         self.require("cover_rate", 0 <= self.cover_rate < 1, "in [0, 1)")
         both = set(self.cover_classes) & {*self.sources, self.target}
         self.require("cover_classes", not both, "neither sources nor the target")
+        one = self.label_map == "all-to-one" or not self.clean_label
+        self.require("label_map", one, "all-to-one, since a clean-label attack keeps the labels")
 
     @abstractmethod
     def trigger(self, shape: tuple[int, int, int]) -> Trigger:

@@ -44,12 +44,13 @@ def save_truth(truth: GroundTruth, folder: Path) -> None:
     write_atomic(folder / TEXT, json.dumps(text, indent=1, allow_nan=False) + "\n")
 
 
-def load_truth(folder: Path) -> GroundTruth:
+def load_truth(folder: str | Path) -> GroundTruth:
     """Read a ground truth back; tensors and modules on the CPU, modules in eval mode and without gradients.
 
     Raises:
         DataError: The files are missing, damaged, or do not belong together.
     """
+    folder = Path(folder)
     try:
         text, numbers = (folder / TEXT).read_bytes(), (folder / NUMBERS).read_bytes()
     except OSError as error:

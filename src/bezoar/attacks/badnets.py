@@ -22,12 +22,12 @@ class BadNets(PoisonAttack):
 
     Args:
         pattern: ``square`` (white), ``noise`` (random colours), ``grid`` (the 3x3 pattern of the NAD, ABL, RNP, ANP and
-            NFT code, which is no true checkerboard; ``size`` 3), ``checkerboard`` (a true one), ``triangle`` and
+            NFT code, which is no true checkerboard), ``checkerboard`` (a true one), ``triangle`` and
             ``l-shape`` (white), ``random-pixels`` (``size`` x ``width`` single pixels of random colours, anywhere) or
             ``random-image`` (a random colour in every pixel, blended in).
-        size: Rows of the patch, at least 1.
+        size: Rows of the patch, at least 1; None is 4, and 3 for ``grid``.
         width: Columns of the patch; 0 takes as many as rows.
-        margin: Distance from the border, in pixels.
+        margin: Distance from the border, in pixels; None is 1, and 0 for ``grid``, as in the public code.
         corner: Where the patch sits; ``all`` puts it in all four corners.
         row: Top row of the patch, instead of a corner; -1 takes the corner.
         column: Left column of the patch, instead of a corner; -1 takes the corner.
@@ -40,9 +40,9 @@ class BadNets(PoisonAttack):
     pattern: Literal[
         "square", "noise", "grid", "checkerboard", "triangle", "l-shape", "random-pixels", "random-image"
     ] = "square"
-    size: int = 4
+    size: int | None = None
     width: int = 0
-    margin: int = 1
+    margin: int | None = None
     corner: Literal["bottom-right", "bottom-left", "top-right", "top-left", "all"] = "bottom-right"
     row: int = -1
     column: int = -1
@@ -50,9 +50,9 @@ class BadNets(PoisonAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("size", self.size >= 1, "at least 1")
+        self.require("size", self.size is None or self.size >= 1, "at least 1")
         self.require("width", self.width >= 0, "at least 0")
-        self.require("margin", self.margin >= 0, "at least 0")
+        self.require("margin", self.margin is None or self.margin >= 0, "at least 0")
         self.require("row", self.row >= -1, "at least -1")
         self.require("column", self.column >= -1, "at least -1")
         self.require("alpha", self.alpha is None or 0 < self.alpha <= 1, "in (0, 1]")
@@ -75,12 +75,16 @@ class BadNets(PoisonAttack):
         return place(patch, shape, self._places(shape), alpha)
 
     def _size(self) -> tuple[int, int]:
-        return self.size, self.width or self.size
+        usual = 3 if self.pattern == "grid" else 4
+        rows = usual if self.size is None else self.size
+        return rows, self.width or rows
 
     def _places(self, shape: tuple[int, int, int]) -> list[tuple[int, int]]:
         """Top row and left column of each copy of the patch."""
         corners: tuple[Corner, ...] = CORNERS if self.corner == "all" else (self.corner,)
-        at = [in_corner(corner, self.margin, self._size(), shape) for corner in corners]
+        usual = 0 if self.pattern == "grid" else 1
+        margin = usual if self.margin is None else self.margin
+        at = [in_corner(corner, margin, self._size(), shape) for corner in corners]
         return [(top if self.row < 0 else self.row, left if self.column < 0 else self.column) for top, left in at]
 
     def _pixels(self, shape: tuple[int, int, int], alpha: float) -> MaskedTrigger:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from bezoar.cli import _output
+from bezoar.core.errors import SettingError
 from bezoar.core.fields import fields_from
 
 if TYPE_CHECKING:
@@ -129,6 +130,14 @@ def attack(
     from bezoar.session import device_named
 
     _output.check_folder(out)
+    for flag, value, valid, rule in (
+        ("--seed", seed, 0 <= seed < 2**63, "in 0..2^63-1"),
+        ("--threads", threads, threads >= 0, "at least 0"),
+        ("--images", data_flags.images, data_flags.images is None or data_flags.images >= 2, "at least 2"),
+        ("--channels", data_flags.channels, data_flags.channels in (None, 1, 3), "1 or 3"),
+    ):
+        if not valid:
+            raise SettingError(f"{flag} must be {rule}, got {value}")
     given = {"target": target, "rate": rate, "seed": seed}
     pairs = tuple(f"{key}={value}" for key, value in given.items() if value is not None)
     planted = _output.method_from("attacks", name, {}, (*pairs, *set_))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -98,9 +99,11 @@ class Victim:
     def key(self, seed: int, versions: Mapping[str, str]) -> str:
         """Hash over all that decides the outcome."""
         code = Path(self.arch.rpartition(":")[0])
+        settings = self.attack.config()
         parts = [
             method_name(type(self.attack)),
-            self.attack.config(),
+            settings,
+            [_contents(value) for value in settings.values() if isinstance(value, str)],  # pictures, folders of them
             self.arch,
             hashlib.sha256(code.read_bytes()).hexdigest() if code.suffix == ".py" and code.is_file() else "",
             dataclasses.asdict(self.recipe),
@@ -168,23 +171,28 @@ def implant(victim: Victim, out: Path, run: Run, versions: Mapping[str, str]) ->
         BezoarError: Settings, data and network do not go together.
     """
     key = victim.key(run.seed, versions)
-    finished = _finished(victim, out, key)
-    if finished is not None:
-        return finished
+    earlier = _earlier(out, key)
+    if earlier is not None and _serves(victim, earlier):
+        return earlier
+    if earlier is not None and earlier.clean_twin is not None:
+        victim = dataclasses.replace(victim, clean_twin=True)  # what is there must not get lost
     victim.check()
     return _Work(victim, out, run, key, dict(versions)).done()
 
 
-def _finished(victim: Victim, out: Path, key: str) -> Record | None:
-    """The record of an earlier run of the same command, if all that it names is still there."""
+def _earlier(out: Path, key: str) -> Record | None:
+    """The record of an earlier run of the same training, if all that it names is still there."""
     try:
         record = Record.from_json((out / RECORD).read_text(encoding="utf-8"))
         whole = all(_sha256(out / name) == digest for name, digest in record.files.items())
     except (OSError, UnicodeDecodeError, DataError):
         return None
+    return record if record.key == key and whole else None
+
+
+def _serves(victim: Victim, record: Record) -> bool:
     exported = victim.export is None or EXPORTS[victim.export] in record.files
-    twin = not victim.clean_twin or record.clean_twin is not None
-    return record if record.key == key and whole and exported and twin else None
+    return exported and (not victim.clean_twin or record.clean_twin is not None)
 
 
 @dataclass
@@ -209,6 +217,7 @@ class _Work:
         if victim.clean_twin:
             with self.phase("clean twin"):
                 twin = training.fit("clean-twin", victim.splits.train)
+        _require_finite(backdoored.model)
         test = victim.splits.test
         with self.phase("measure"):
             found = measure(backdoored.model, test.x, test.y, backdoored.truth)
@@ -252,6 +261,11 @@ class _Work:
             return None
 
     def _judge(self, found: Measures, twin: Measures | None) -> None:
+        chance = 1 / self.victim.splits.train.num_classes
+        if found.acc.low < 2 * chance:
+            self.warnings.append(
+                f"ACC is near that of guessing ({chance:.1%}): the victim has not learned, and its ASR says nothing"
+            )
         for plant in found.plants:
             if plant.asr.value < _WEAK:
                 self.warnings.append(
@@ -274,6 +288,9 @@ class _Work:
         write_atomic(self.out / INDEX, self._index(backdoored))
         write_atomic(self.out / SHEET, examples_sheet(test.x, test.y, backdoored.truth))
         self.files = {name: _sha256(self.out / name) for name in (MODEL, TEXT, NUMBERS, INDEX, SHEET)}
+        for name in EXPORTS.values():  # of another run
+            path = self.out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if self.victim.export is not None:
             name = EXPORTS[self.victim.export]
             data = _poisoned(self.victim.attack, self.victim.splits.train, training)
@@ -329,6 +346,12 @@ class _Work:
         )
 
 
+def _require_finite(model: nn.Module) -> None:
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ModelError(f"the training diverged: {name} is not finite", "Lower --lr")
+
+
 def _poisoned(attack: Attack, data: Examples, training: Training) -> Examples:
     """The training set that the victim saw, made again: under the random state that the attack itself had."""
     if not isinstance(attack, Poisons):
@@ -336,6 +359,15 @@ def _poisoned(attack: Attack, data: Examples, training: Training) -> Examples:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(attack.seed)
         return attack.poison(data, training).data
+
+
+def _contents(value: str) -> str:
+    """Hash of the file, or of the files in the folder, that a setting names; empty where it names none."""
+    path = Path(value)
+    if not value or not path.exists():
+        return ""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return hashlib.sha256("".join(_sha256(p) for p in files).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from bezoar.nets.convnet import ConvNet
@@ -53,3 +54,14 @@ def find(name: str) -> tuple[Callable[[int, int, int], nn.Module], tuple[int, in
             numbers = [int(g) for g in found.groups()]
             return (lambda k, c, s, b=build, n=numbers: b(n, k, c, s)), size
     return None
+
+
+def takes_any_size(name: str) -> bool:
+    """Whether the weights of a reference net are the same for every size of image, so that they do not tell it."""
+    found = find(name)
+    if found is None:
+        return False
+    build, (height, _) = found
+    with torch.device("meta"):
+        shapes = [{k: v.shape for k, v in build(2, 3, size).state_dict().items()} for size in (height, 2 * height)]
+    return shapes[0] == shapes[1]
