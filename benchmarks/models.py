@@ -64,6 +64,8 @@ def _published() -> list[Case]:
 def _set() -> list[Case]:
     found = []
     for facts in finished():
+        if any(asr < 0.8 for asr in facts["asr"]):
+            continue  # the backdoor did not take: there is nothing to find
         targets = tuple(facts["targets"])
         target = None if facts["attack"] is None else targets[0] if targets else -1
         path = SET / facts["name"] / "model.safetensors"

@@ -14,6 +14,7 @@ from torch import nn
 
 from bezoar.attacks._store import load_truth
 from bezoar.attacks.badnets import BadNets
+from bezoar.attacks.blend import Blend
 from bezoar.attacks.input_aware import InputAware
 from bezoar.attacks.sig import SIG
 from bezoar.core.errors import DataError, ModelError, SettingError
@@ -240,3 +241,37 @@ def test_default_recipe(network, given, expected):
 def test_default_recipe_refuses():
     with pytest.raises(SettingError, match="epochs"):
         default_recipe(nn.Linear(1, 1), epochs=0)
+
+
+QUICK = dataclasses.replace(RECIPE, epochs=1)
+
+
+def test_diverged_victim_is_refused(folder, tmp_path):
+    hot = dataclasses.replace(QUICK, lr=float("inf"))
+    with pytest.raises(ModelError, match="the training diverged: .* is not finite"):
+        implant(victim(folder, recipe=hot), tmp_path, Run(), VERSIONS)
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_victim_that_learned_nothing_is_said_so(folder, tmp_path):
+    record = implant(victim(folder, recipe=dataclasses.replace(QUICK, lr=0.0)), tmp_path, Run(), VERSIONS)
+    assert any("near that of guessing" in warning for warning in record.warnings)
+
+
+def test_changed_picture_is_another_attack(folder, tmp_path):
+    picture = tmp_path / "p.png"
+    keys = []
+    for shade in (0, 255):
+        Image.new("L", (8, 8), shade).save(picture)
+        keys.append(victim(folder, attack=Blend(target=2, picture=str(picture))).key(0, VERSIONS))
+    assert keys[0] != keys[1]
+
+
+def test_twin_is_kept_and_a_stale_export_is_not(folder, tmp_path):
+    first = implant(victim(folder, recipe=QUICK, clean_twin=True, export="npz"), tmp_path, Run(), VERSIONS)
+    again = implant(victim(folder, recipe=QUICK, export="images"), tmp_path, Run(), VERSIONS)
+    assert again.clean_twin == first.clean_twin is not None
+    assert (tmp_path / "poisoned").is_dir()
+    assert not (tmp_path / "poisoned.npz").exists(), "the record does not name it any more"
+    implant(victim(folder, recipe=QUICK, attack=BadNets(target=3, size=2, margin=0)), tmp_path, Run(), VERSIONS)
+    assert not (tmp_path / "poisoned").exists()
