@@ -22,7 +22,6 @@ from bezoar.ops.fit import as_float
 _ROWS = 8
 _SIDE = 96  # pixels that an image of the sheet has at least
 _GAP = 4
-_COLUMNS = ("clean", "triggered", "difference x5")
 
 
 def export_npz(data: Examples, names: tuple[str, ...], path: Path) -> None:
@@ -60,7 +59,8 @@ def export_images(data: Examples, folder: Path) -> None:
 
 
 def examples_sheet(x: Tensor, y: Tensor, truth: GroundTruth) -> bytes:
-    """PNG of some test images: a row for each, clean, triggered, and the absolute difference times five.
+    """PNG of some test images: a row for each, clean, triggered, and the absolute difference, amplified by the
+    factor that stands above it.
 
     Args:
         x: ``(N, C, H, W)`` clean images.
@@ -73,10 +73,15 @@ def examples_sheet(x: Tensor, y: Tensor, truth: GroundTruth) -> bytes:
         chosen = torch.nonzero(plant.labels.applies(y)).flatten()
         chosen = chosen[torch.linspace(0, max(0, len(chosen) - 1), min(share, len(chosen))).round().long()]
         rows += [(as_float(x[i]), as_float(stamped(plant.trigger, x[i : i + 1]))[0]) for i in chosen.tolist()]
-    return _sheet([(clean, changed, ((changed - clean).abs() * 5).clamp(0, 1)) for clean, changed in rows])
+    largest = max((float((changed - clean).abs().max()) for clean, changed in rows), default=0.0)
+    factor = max(1, min(50, int(1 / max(largest, 1e-6))))  # so that faint changes show
+    return _sheet(
+        [(clean, changed, ((changed - clean).abs() * factor).clamp(0, 1)) for clean, changed in rows],
+        ("clean", "triggered", f"difference x{factor}"),
+    )
 
 
-def _sheet(rows: list[tuple[Tensor, Tensor, Tensor]]) -> bytes:
+def _sheet(rows: list[tuple[Tensor, Tensor, Tensor]], names: tuple[str, str, str]) -> bytes:
     pictures = [[Image.open(io.BytesIO(base64.b64decode(png(image)))) for image in row] for row in rows]
     width, height = pictures[0][0].size if pictures else (1, 1)
     factor = -(-_SIDE // min(width, height))
@@ -84,7 +89,7 @@ def _sheet(rows: list[tuple[Tensor, Tensor, Tensor]]) -> bytes:
     head = 16
     sheet = Image.new("RGB", (3 * (width + _GAP) + _GAP, len(rows) * (height + _GAP) + _GAP + head), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, text in enumerate(_COLUMNS):
+    for column, text in enumerate(names):
         left = _GAP + column * (width + _GAP)
         draw.text((left, 2), text, fill="black")
         for row, line in enumerate(pictures):
