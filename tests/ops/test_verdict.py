@@ -291,7 +291,7 @@ def test_gap_needs_three_labels_that_worked():
 
 def test_faint_change_needs_the_masks_to_confirm_it():
     found = judge(faint(0.10, 0.11, 0.03, 0.10, 0.10), NAMES)
-    assert confirm(found, scan(seed(20.0, 22.0, 11.0, 20.0, 21.0))).target == 2, "0.55 of the third smallest"
+    assert confirm(found, scan(seed(20.0, 22.0, 8.8, 20.0, 21.0))).target == 2, "0.44 of the third smallest"
     for masks in (CLEAN, seed(20.0, 9.0, 18.0, 20.0, 21.0), seed(20.0, 22.0, label(1.0, status="failed"), 20.0, 21.0)):
         held = confirm(found, scan(masks))
         assert (held.verdict, held.target, held.leader) == ("inconclusive", None, 2)

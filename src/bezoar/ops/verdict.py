@@ -58,9 +58,9 @@ class RatioRule:
 
     backdoored_ratio: float = 0.40
     clean_ratio: float = 0.50
-    gap: float = 0.55
+    gap: float = 0.45
     outright: float = 0.20
-    confirm: float = 0.65
+    confirm: float = 0.45
     faint_backdoored_ratio: float = 0.45
     faint_clean_ratio: float = 0.54
     asr: float = 0.75
