@@ -194,6 +194,7 @@ def purify(
                 found = _scan(session, scanner)
             triggers, warnings = _triggers_to_unlearn(found, label)
         module, network, cleaning = _purify(session, purifier, triggers, None if out is None else Path(out))
+        warnings = (*warnings, *session.run.warnings)
         cleaned = network if isinstance(model, nn.Module) else module
         whole = _purified_report(session, found, cleaning, warnings)
     if out is not None:
@@ -269,6 +270,7 @@ def _purify(
         output="" if written is None else str(written),
         sha256="" if written is None or not written.is_file() else sha256(written),
         layers=_layer_changes(before, network.state_dict()),
+        notes=dict(session.run.notes),
     )
     return module, network, cleaning
 

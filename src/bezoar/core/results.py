@@ -202,6 +202,7 @@ class Cleaning:
         output: File that was written, or empty.
         sha256: Hash of that file, or empty.
         layers: Change of each tensor, largest first.
+        notes: What the purifier found out on the way, such as the label that it suspects or what it pruned.
     """
 
     method: str
@@ -215,6 +216,7 @@ class Cleaning:
     output: str = ""
     sha256: str = ""
     layers: tuple[LayerChange, ...] = ()
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

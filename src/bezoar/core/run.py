@@ -98,6 +98,8 @@ class Run:
         budget: Seconds allowed, or None for no limit; counted from the creation of this object.
         progress: Tells the user, keeps checkpoints.
         reserve: Share of the budget that is kept for what comes after, in [0, 1).
+        notes: What a method found out on the way and the report shows: plain values by name.
+        warnings: What the user should know about how it went.
     """
 
     seed: int = 0
@@ -108,6 +110,8 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     image_gradients: int = 0
     budget_spent: bool = False
+    notes: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def left(self) -> float:
