@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from bezoar.io.preflight import check_preflight, preflight
 from bezoar.nets.registry import find, takes_any_size
 from bezoar.ops.verdict import CALIBRATED_LABELS, RatioRule
 from bezoar.options import ModelOptions, RunOptions
-from bezoar.version import __version__
+from bezoar.version import __version__, versions
 
 
 @dataclass
@@ -62,12 +61,7 @@ class Session:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=dict(self.seconds),
             image_gradients=self.run.image_gradients,
-            versions={
-                "bezoar": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "platform": f"{platform.system()} {platform.machine()}",
-            },
+            versions=versions(),
             device=str(self.run.device),
             threads=torch.get_num_threads(),
             budget=self.options.budget,
@@ -168,7 +162,7 @@ def _sized_by_data(
     are much larger or smaller than it is made for are brought to its usual size.
     """
     name = model_options.arch or ""
-    reference = takes_any_size(name) if model_options.size is None else False
+    reference = model_options.size is None and takes_any_size(name)
     own = isinstance(model, nn.Module) or ".py:" in name
     if not (own or reference) or (model_options.size is not None and model_options.channels is not None):
         return model_options

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from bezoar.attacks._attack import Examples
+from bezoar.attacks._attack import Examples, Training
+from bezoar.core.run import Progress, Run
+from bezoar.ops.fit import Recipe
 
 SHAPE = (3, 32, 32)
 
@@ -34,6 +36,29 @@ def pictures(draw: st.DrawFn, smallest: int = 12, largest: int = 36) -> Tensor:
     )
     x = torch.rand(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
     return (1.5 * x - 0.25).clamp(0, 1)
+
+
+def blobs(count: int, seed: int = 0) -> Examples:
+    """A bright square in one of four corners, and noise."""
+    source = torch.Generator().manual_seed(seed)
+    x, y = 0.4 * torch.rand(count, 1, 12, 12, generator=source), torch.arange(count) % 4
+    for label in range(4):
+        rows, columns = slice(6 * (label // 2), 6 * (label // 2) + 5), slice(6 * (label % 2), 6 * (label % 2) + 5)
+        x[y == label, :, rows, columns] += 0.5
+    return Examples(x, y, 4)
+
+
+def toy_net() -> nn.Module:
+    """A small net without BatchNorm for :func:`blobs`."""
+    layers = nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(144, 4))
+
+
+def training(folder=None, epochs: int = 2, report=None) -> Training:
+    """Short training of :func:`toy_net`."""
+    recipe = Recipe(epochs=epochs, batch=40, lr=3e-3, optimizer="adam", weight_decay=0)
+    progress = Progress() if report is None else Progress(report=report)
+    return Training(toy_net, recipe, Run(progress=progress), folder)
 
 
 def assert_trigger(trigger, x: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bezoar.attacks._attack import Examples, Training
 from bezoar.attacks._generator import Generator
 from bezoar.attacks._in_batch import Companion, frozen
 from bezoar.attacks.input_aware import (
@@ -26,8 +25,8 @@ from bezoar.attacks.input_aware import (
     spread,
 )
 from bezoar.core.errors import SettingError
-from bezoar.core.run import Progress, Run
-from bezoar.ops.fit import Batch, Recipe
+from bezoar.ops.fit import Batch
+from tests.attacks.sample_data import blobs, training
 
 
 def generator(channels: int = 1, out: int = 1, seed: int = 0, **kwargs) -> Generator:
@@ -263,27 +262,6 @@ def test_companion_does_not_step_on_an_overflow():
 
 
 # The whole attack
-
-
-def blobs(count: int, seed: int = 0) -> Examples:
-    """A bright square in one of four corners, and noise."""
-    source = torch.Generator().manual_seed(seed)
-    x, y = 0.4 * torch.rand(count, 1, 12, 12, generator=source), torch.arange(count) % 4
-    for label in range(4):
-        rows, columns = slice(6 * (label // 2), 6 * (label // 2) + 5), slice(6 * (label % 2), 6 * (label % 2) + 5)
-        x[y == label, :, rows, columns] += 0.5
-    return Examples(x, y, 4)
-
-
-def toy_net() -> nn.Module:
-    layers = nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten()
-    return nn.Sequential(*layers, nn.Linear(144, 4))
-
-
-def training(folder=None, epochs: int = 2, report=None) -> Training:
-    recipe = Recipe(epochs=epochs, batch=40, lr=3e-3, optimizer="adam", weight_decay=0)
-    progress = Progress() if report is None else Progress(report=report)
-    return Training(toy_net, recipe, Run(progress=progress), folder)
 
 
 def test_mask_settles_at_its_density_and_differs_between_images():

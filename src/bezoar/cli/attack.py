@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +127,7 @@ def attack(
     from bezoar.evaluation.implant import Victim, implant
     from bezoar.evaluation.splits import read_splits
     from bezoar.session import device_named
+    from bezoar.version import versions
 
     _output.check_folder(out)
     for flag, value, valid, rule in (
@@ -166,7 +166,7 @@ def attack(
         )
         with _output.progress(quiet) as told:
             progress = Progress() if told is None else Progress(report=told)
-            record = implant(victim, out, Run(seed=seed, device=where, progress=progress), _versions())
+            record = implant(victim, out, Run(seed=seed, device=where, progress=progress), versions())
     finally:
         torch.set_num_threads(kept)
     if json:
@@ -185,19 +185,6 @@ def _recipe(arch: str, data: Any, flags: RecipeFlags, pairs: tuple[str, ...]) ->
     network = resolve(arch).build(data.num_classes, channels, (height, width))
     more = fields_from(Recipe, "the recipe", "--recipe", pairs)
     return default_recipe(network, **dataclasses.asdict(flags) | more)
-
-
-def _versions() -> dict[str, str]:
-    import torch
-
-    from bezoar.version import __version__
-
-    return {
-        "bezoar": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-    }
 
 
 def summary(record: Record, out: Path) -> str:

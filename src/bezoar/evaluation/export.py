@@ -6,8 +6,8 @@ import base64
 import io
 import os
 import shutil
-import tempfile
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from bezoar.attacks._attack import Examples, GroundTruth
 from bezoar.attacks._poison import stamped
 from bezoar.core.pictures import png
+from bezoar.io.containers import replace_when_done
 from bezoar.ops.fit import as_float
 
 _ROWS = 8
@@ -26,14 +27,8 @@ _GAP = 4
 
 def export_npz(data: Examples, names: tuple[str, ...], path: Path) -> None:
     """Write ``x`` (``(N, H, W, C)``, of the type of the images), ``y`` and ``names``; whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, x=data.x.permute(0, 2, 3, 1).numpy(), y=data.y.numpy(), names=np.array(names))
-        _publish(Path(name), path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replace_when_done(path) as part, part.open("wb") as file:
+        np.savez(file, x=data.x.permute(0, 2, 3, 1).numpy(), y=data.y.numpy(), names=np.array(names))
 
 
 def export_images(data: Examples, folder: Path) -> None:
@@ -41,7 +36,8 @@ def export_images(data: Examples, folder: Path) -> None:
 
     Floats are rounded to grey levels.
     """
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
+    part = folder.with_name(f".{folder.name}.{uuid4().hex}.part")
+    part.mkdir(parents=True)
     try:
         for label in torch.unique(data.y).tolist():
             (part / f"{label:05d}").mkdir()
@@ -51,7 +47,7 @@ def export_images(data: Examples, folder: Path) -> None:
         old = part.with_suffix(".old")
         if folder.exists():
             os.replace(folder, old)
-        _publish(part, folder)
+        os.replace(part, folder)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -98,11 +94,3 @@ def _sheet(rows: list[tuple[Tensor, Tensor, Tensor]], names: tuple[str, str, str
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def _publish(part: Path, path: Path) -> None:
-    """Give the temporary file or folder the rights of any other, and its name."""
-    mask = os.umask(0)
-    os.umask(mask)
-    part.chmod((0o777 if part.is_dir() else 0o666) & ~mask)
-    os.replace(part, path)

@@ -32,6 +32,7 @@ from bezoar.evaluation.record import PlantFacts, Record
 from bezoar.evaluation.splits import Splits
 from bezoar.evaluation.stealth import Stealth, stealth
 from bezoar.io.arch import resolve
+from bezoar.io.containers import sha256
 from bezoar.ops.fit import Recipe, as_float
 
 Export = Literal["npz", "images"]
@@ -371,7 +372,4 @@ def _contents(value: str) -> str:
 
 
 def _sha256(path: Path) -> str:
-    if path.is_dir():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return "" if path.is_dir() else sha256(path)

@@ -6,7 +6,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 from typing import ClassVar, Literal
 
 from torch import nn
@@ -18,6 +17,7 @@ from bezoar.core.run import Run
 from bezoar.core.space import MaskedSpace
 from bezoar.ops.cost import CostController
 from bezoar.ops.reference import invert_label
+from bezoar.ops.verdict import size_ratio
 from bezoar.scanners._refine import refine
 from bezoar.scanners._together import Together, Wanted, held_out, pack, unpack
 
@@ -143,8 +143,7 @@ def _leading(found: Scan) -> int | None:
         if len(working) < 2:
             continue
         leader = min(working, key=lambda label: working[label])
-        others = [scan.size for label, scan in seed.labels.items() if scan.reference and label != leader]
-        if others and working[leader] <= _WORTH_REFINING * median(others):
+        if size_ratio(seed, leader) <= _WORTH_REFINING:  # never of NaN
             leaders.append(leader)
     return Counter(leaders).most_common(1)[0][0] if leaders else None
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from bezoar.core.errors import DataError
 from bezoar.core.results import write_atomic
-from bezoar.io.datasets._source import KEYS, Arrays, DiskFull, Source, canonical, digest, file_sha256, is_disk_full
+from bezoar.io.containers import sha256 as file_sha256
+from bezoar.io.datasets._source import KEYS, Arrays, DiskFull, Source, canonical, digest, is_disk_full
 from bezoar.io.datasets.registry import DataSet
 
 State = Literal["absent", "whole", "damaged"]

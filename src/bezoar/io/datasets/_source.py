@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bezoar.core.errors import DataError
+from bezoar.io.containers import sha256 as file_sha256
 from bezoar.io.extras import printable
 
 #: ``train_x`` and ``test_x`` ``(N, H, W, C)`` uint8, ``train_y`` and ``test_y`` ``(N,)`` int64.
@@ -139,12 +140,6 @@ def check_file(path: Path, sha256: str, tell: Tell) -> None:
         message = f"{path.name} is not the file that was expected: SHA-256 {found}, expected {sha256}"
         raise DataError(message, "It is damaged or was changed, and was not used")
     tell(f"SHA-256 of {path.name} is right")
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def only_file(folder: Path, pattern: str, client: str) -> Path:
