@@ -29,7 +29,7 @@ from bezoar.report.html import render
 from bezoar.report.sarif import to_sarif
 from bezoar.scanners.neural_cleanse import NeuralCleanse
 from bezoar.scanning import scan_session
-from bezoar.session import Session, open_session
+from bezoar.session import PURIFY_HELD_OUT, Session, open_session
 
 
 @dataclass(frozen=True)
@@ -246,15 +246,20 @@ def _triggers_to_unlearn(found: Result, label: int | None) -> tuple[dict[int, In
 def _purify(
     session: Session, purifier: Purifier, triggers: dict[int, InvertedTrigger], out: Path | None
 ) -> tuple[nn.Module, nn.Module, Cleaning]:
-    suspect, clean = session.suspect, session.clean
+    suspect, clean = session.suspect, session.to_purify()
     # Copied together, so that the network inside the new module is the very one that is written back.
     module, network = copy.deepcopy((suspect.module, suspect.network))
     before = {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
     with session.phase("clean"):
         purifier(module, clean, session.run, triggers)
     label, trigger = next(iter(triggers.items()), (None, None))
-    acc = [_accuracy(m, clean.held_x, clean.held_y, session) for m in (suspect.module, module)]
-    asr = [_success(m, trigger, label, session) for m in (suspect.module, module)]
+    x, y = clean.held_x, clean.held_y
+    if not len(x):
+        x, y = clean.x, clean.y
+        note = "no class has two images, so none is held out: the rates are of the images that were trained on"
+        session.run.warnings.append(note)
+    acc = [_accuracy(m, x, y, session) for m in (suspect.module, module)]
+    asr = [_success(m, trigger, label, x[y != label], session) for m in (suspect.module, module)]
     module.cpu()
     written = None if out is None else save_model(suspect, network, out)
     module.to(session.home)
@@ -266,7 +271,7 @@ def _purify(
         acc_after=acc[1],
         asr_before=asr[0],
         asr_after=asr[1],
-        held_out=len(clean.held_x),
+        held_out=len(x),
         output="" if written is None else str(written),
         sha256="" if written is None or not written.is_file() else sha256(written),
         layers=_layer_changes(before, network.state_dict()),
@@ -285,10 +290,11 @@ def _accuracy(model: nn.Module, x: Tensor, y: Tensor, session: Session) -> float
     return float(torch.cat(hits).float().mean())
 
 
-def _success(model: nn.Module, trigger: Trigger | None, label: int | None, session: Session) -> float | None:
+def _success(
+    model: nn.Module, trigger: Trigger | None, label: int | None, x: Tensor, session: Session
+) -> float | None:
     if trigger is None or label is None:
         return None
-    x = session.clean.held_x[session.clean.held_y != label]
     return _accuracy(model, trigger(x), torch.full((len(x),), label), session)
 
 
@@ -323,7 +329,7 @@ def _purified_report(session: Session, found: Result | None, cleaning: Cleaning,
         data=session.data.facts,
         preflight=session.preflight,
         method=cleaning.method,
-        config=cleaning.config | {"seed": session.options.seed, "held_out": session.options.held_out},
+        config=cleaning.config | session.division(PURIFY_HELD_OUT),
         cleaning=cleaning,
         warnings=(*session.warnings, *warnings),
         run=session.facts(),

@@ -20,7 +20,7 @@ from bezoar.report.wording import sentence
 from bezoar.scanners._together import Together
 from bezoar.scanners.additive_inversion import AdditiveInversion
 from bezoar.scanners.neural_cleanse import NeuralCleanse
-from bezoar.session import Session
+from bezoar.session import SCAN_HELD_OUT, Session
 
 #: Settings that all searches share.
 _SHARED = ("seeds", "labels", "batch", "reach", "loss", "candidates", "reference_labels", "chunk", "precision")
@@ -67,7 +67,7 @@ def scan_session(session: Session, method: NeuralCleanse) -> tuple[Report, dict[
         data=session.data.facts,
         preflight=session.preflight,
         method=method_name(type(main.method)),
-        config=main.method.config() | {"seed": session.options.seed, "held_out": session.options.held_out},
+        config=main.method.config() | session.division(SCAN_HELD_OUT),
         unit=main.evidence.unit,
         rule=judged.rule,
         labels=judged.labels,

@@ -31,6 +31,9 @@ from bezoar.ops.verdict import CALIBRATED_LABELS, RatioRule
 from bezoar.options import ModelOptions, RunOptions
 from bezoar.version import __version__, versions
 
+#: Shares of the clean images that only measure.
+SCAN_HELD_OUT, PURIFY_HELD_OUT = 0.5, 0.2
+
 
 @dataclass
 class Session:
@@ -38,7 +41,7 @@ class Session:
 
     suspect: Suspect
     data: CleanData
-    clean: Clean
+    clean: Clean  # divided for a scan
     preflight: Preflight
     warnings: tuple[str, ...]
     run: Run
@@ -68,6 +71,15 @@ class Session:
             budget_spent=self.run.budget_spent,
         )
 
+    def to_purify(self) -> Clean:
+        """The clean images divided for a purification, which needs most of them to train on."""
+        share = self.options.held_out or PURIFY_HELD_OUT
+        return _divide(self.data, self.clean.num_classes, share, self.options.seed)
+
+    def division(self, share: float) -> dict[str, Any]:
+        """How the clean images were divided, as settings; ``share`` is the usual one."""
+        return {"seed": self.options.seed, "held_out": self.options.held_out or share}
+
     def checkpoints(self, method: Any) -> Path | None:
         """Folder for checkpoints of this model, data, method and seed; None where none are kept."""
         if not self.options.resume:
@@ -79,7 +91,7 @@ class Session:
             type(method).__name__,
             method.config(),
             self.options.seed,
-            self.options.held_out,
+            self.options.held_out or SCAN_HELD_OUT,
             __version__,
             torch.__version__,
         ]
@@ -135,7 +147,7 @@ def open_session(
         session = Session(
             suspect,
             clean_data,
-            _divide(clean_data, facts.num_classes, options),
+            _divide(clean_data, facts.num_classes, options.held_out or SCAN_HELD_OUT, options.seed),
             measured,
             (*suspect.warnings, *clean_data.notes, *warnings, *_uncalibrated(facts.num_classes)),
             run,
@@ -194,8 +206,8 @@ def _uncalibrated(num_classes: int) -> tuple[str, ...]:
     return ()
 
 
-def _divide(data: CleanData, num_classes: int, options: RunOptions) -> Clean:
-    work, held = data.split(options.held_out, options.seed)
+def _divide(data: CleanData, num_classes: int, held_out: float, seed: int) -> Clean:
+    work, held = data.split(held_out, seed)
     return Clean(x=work.x, y=work.y, held_x=held.x, held_y=held.y, num_classes=num_classes)
 
 

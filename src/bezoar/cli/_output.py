@@ -89,7 +89,8 @@ class RunFlags:
 
     Args:
         images: Most clean images to use, as many of each class as there are.
-        held_out: Share of the images that only measures, in (0, 1).
+        held_out: Share of the images that only measures, in (0, 1); by default half in a scan, a fifth in a
+            purification.
         seed: Root of all randomness.
         device: Such as cpu or cuda:0; auto takes CUDA where there is one.
         threads: CPU threads; 0 leaves it to torch.
@@ -98,7 +99,7 @@ class RunFlags:
     """
 
     images: int = 1000
-    held_out: float = 0.5
+    held_out: float | None = None
     seed: int = 0
     device: str = "auto"
     threads: int = 0
