@@ -25,9 +25,10 @@ LAYERS: dict[str, set[str]] = {
     # Ground truth lives here and in attacks: no defence can reach it.
     "evaluation": {"core", "ops", "attacks", "io", "nets", "report", "evaluation"},
     "report": {"core", "report"},
+    "bench": {"", "bench", "core", "ops", "attacks", "io", "evaluation", "report"},
     "demo": {"", "core", "demo", "evaluation", "io", "nets", "ops", "report"},
     "": {"", "core", "io", "nets", "ops", "tasks", "scanners", "purifiers", "attacks", "evaluation", "report"},
-    "cli": {"", "cli", "core", "io", "nets", "ops", "report", "demo", "evaluation"},
+    "cli": {"", "cli", "core", "io", "nets", "ops", "report", "demo", "evaluation", "bench"},
 }
 
 #: Libraries that only some folders may import.

@@ -13,6 +13,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from bezoar.cli import _output
 from bezoar.cli.attack import attack
+from bezoar.cli.bench import bench
 from bezoar.cli.data import app as data_app
 from bezoar.core.errors import BezoarError, SettingError
 from bezoar.version import __version__
@@ -41,6 +42,7 @@ app = App(
 )
 app.command(data_app)
 app.command(attack)
+app.command(bench)
 
 Flat = Parameter(name="*")
 _MODEL, _RUN = _output.ModelFlags(), _output.RunFlags()

@@ -83,6 +83,8 @@ class Purifier(Method, ABC):
 
     #: Whether :meth:`purify` needs inverted triggers.
     needs_triggers = False
+    #: Whether it does better with the triggers of a scan, also where the scan suspects no label.
+    wants_scan = False
 
     @final
     def __call__(

@@ -283,3 +283,51 @@ def _distribution(
 
 def _flag(x: float, y: float) -> Markup:
     return element("path", class_="flag", d=f"M{x:.1f} {y + 68:g}v16M{x - 4:.1f} {y + 60:g}h8l-4 7z")
+
+
+def trade_off(points: Sequence[tuple[str, float, float]], width: int) -> Markup:
+    """Name, ACC loss and ASR of each method as dots; both axes in points from zero.
+
+    Names that would lie on each other move down; on a narrow chart they give way to numbers in the order of the table.
+    """
+    height, left, bottom = 0.55 * width, 44.0, 40.0
+    room = 150.0 if width > 400 else 20.0
+    across = Axis(_top([x for _, x, _ in points]), left, width - room)
+    up = Axis(_top([y for _, _, y in points]), height - bottom, 14.0)
+    parts = [_grid(across, up, height - bottom)]
+    taken: list[tuple[float, float]] = []
+    for number_, (name, x, y) in sorted(enumerate(points, 1), key=lambda item: -item[1][2]):
+        at, level = across(x), up(y)
+        beside = level + 4
+        while any(abs(beside - other) < 13 and abs(at - place) < 130 for place, other in taken):
+            beside += 13
+        taken.append((at, beside))
+        text = shorten(name, room - 12) if width > 400 else str(number_)
+        parts.append(
+            element(
+                "g",
+                element("title", f"{name}: ASR {y:.1f}, ACC loss {x:.1f}"),
+                element("circle", class_="plot-dot", cx=at, cy=level, r=4.5),
+                element("text", text, class_="plot-name", x=at + 8, y=beside),
+            )
+        )
+    middle = (left + width - room) / 2
+    parts.append(element("text", "ACC loss", class_="plot-text", x=middle, y=height - 6, text_anchor="middle"))
+    parts.append(element("text", "ASR", class_="plot-text", x=4, y=12))
+    return _svg(width, height, "ASR after the purifier over the ACC that it costs", *parts)
+
+
+def _grid(across: Axis, up: Axis, floor: float) -> Markup:
+    parts = []
+    for tick in across.ticks():
+        x = across(tick)
+        parts.append(element("line", class_="plot-grid", x1=x, x2=x, y1=up.right, y2=floor))
+        parts.append(element("text", number(tick), class_="plot-text", x=x, y=floor + 16, text_anchor="middle"))
+    step = nice_step(up.top, 5)
+    for i in range(int(up.top / step + 1e-9) + 1):
+        y = up(i * step)
+        parts.append(element("line", class_="plot-grid", x1=across.left, x2=across.right, y1=y, y2=y))
+        parts.append(
+            element("text", number(i * step), class_="plot-text", x=across.left - 6, y=y + 4, text_anchor="end")
+        )
+    return Markup("").join(parts)

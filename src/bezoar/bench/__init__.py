@@ -1,0 +1,1 @@
+"""Attacks times purifiers times seeds times data budgets, measured under equal means."""

@@ -1,0 +1,105 @@
+"""``bezoar bench``: attacks times purifiers, measured under equal means."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from bezoar.cli import _output
+from bezoar.core.errors import SettingError
+
+
+def bench(
+    grid: Path,
+    /,
+    *,
+    out: Path,
+    cell: str = "",
+    again: Annotated[bool, Parameter(negative="")] = False,
+    jobs: int = 1,
+    device: str = "auto",
+    threads: int = 0,
+    quiet: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Measure purifiers on known backdoors, and write a leaderboard.
+
+    The grid is a TOML file: victims (attacks, or folders of bezoar attack), purifiers, numbers of clean images and
+    seeds. Victims that are missing are trained. Each cell is one JSON file, so a killed run goes on where it was, one
+    that fails is noted and the others go on, and the same command may run several times side by side.
+
+    For instance, a grid.toml:
+
+        [grid]
+        data = "fashion-mnist"
+        archs = ["convnet-16-bn"]
+        images = [500, 100]
+        [recipe]
+        epochs = 6
+        [[victim]]
+        attack = "badnets"
+        [[victim]]
+        attack = "none"
+        [[purifier]]
+        method = "finetune"
+        [[purifier]]
+        method = "auto"
+
+        bezoar bench grid.toml --out bench/
+
+    It leaves bench/leaderboard.html to look at and bench/results.sqlite to ask:
+
+        sqlite3 bench/results.sqlite "SELECT purifier, avg(asr_after) FROM cells GROUP BY purifier"
+
+    Exit codes: 0 all cells measured, 1 some failed, 2 the grid cannot be used.
+
+    Args:
+        grid: The TOML file.
+        out: Folder for victims, cells, index and leaderboard.
+        cell: Measure this cell alone, again; its key stands in the leaderboard.
+        again: Also repeat cells that failed.
+        jobs: Processes that share the work; with more than one, give --threads 1.
+        device: Such as cpu or cuda:0; auto takes CUDA where there is one.
+        threads: CPU threads; 0 leaves it to torch.
+        quiet: No progress and no summary.
+    """
+    if jobs < 1 or threads < 0:
+        raise SettingError("--jobs must be at least 1, and --threads at least 0")
+    _output.check_folder(out)
+    from bezoar.bench.grid import read_grid
+    from bezoar.bench.run import run_grid
+    from bezoar.session import device_named
+    from bezoar.version import versions
+
+    read = read_grid(grid)
+    device_named(device)
+    command = [sys.executable, "-m", "bezoar.cli.main", "bench", str(grid), "--out", str(out), "--quiet"]
+    command += ["--device", device, "--threads", str(threads), *(["--again"] if again else [])]
+    others = [subprocess.Popen(command) for _ in range(0 if cell else jobs - 1)]
+    try:
+        with _output.progress(quiet) as told:
+            outcome = run_grid(
+                read,
+                out,
+                {key: value for key, value in versions().items() if key in ("bezoar", "torch")},
+                only=cell,
+                again=again,
+                device=device,
+                threads=threads,
+                report=told,
+            )
+        for other in others:
+            other.wait()
+    finally:
+        for other in others:
+            other.terminate()
+    if not quiet:
+        print(f"{len(outcome.results)} cells measured, {outcome.missing} missing, {outcome.count('failed')} failed")
+        for one in outcome.results:
+            if one.status == "failed":
+                print(f"  {one.key}: {one.purifier} on {one.victim}: {one.error}")
+        print(outcome.page)
+    return 1 if outcome.count("failed") else 0
