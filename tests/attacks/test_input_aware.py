@@ -277,6 +277,9 @@ def test_killed_run_goes_on_to_the_same_victim_and_trigger(tmp_path, monkeypatch
     monkeypatch.setenv("BEZOAR_CHECKPOINT_SECONDS", "0")
     attack, data = InputAware(width=4), blobs(160)
     whole = attack(data, training())
+    (cross,) = whole.truth.controls
+    assert cross.name == "cross"
+    assert not torch.equal(cross.trigger(data.x[:4]), whole.truth.main.trigger(data.x[:4]))
 
     def kill(phase, done, total, note):
         if phase == "train victim" and done == 6:

@@ -133,6 +133,7 @@ def test_training_of_the_encoder_goes_on_after_a_kill(tmp_path, monkeypatch):
 
 def test_victim_is_the_network_that_was_asked_for():
     out = ISSBA(bits=4, epochs=1, hidden=4)(bars(), training(1))
+    assert 0 <= out.truth.figures["bit accuracy"] <= 1
     assert type(out.model) is type(small_net())
     assert not any(p.requires_grad for p in out.truth.main.trigger.encoder.parameters())
 

@@ -230,6 +230,9 @@ def test_victim_learns_the_warp_and_keeps_its_accuracy():
     predicted, others = result.model(plant.trigger(test.x)).argmax(1), plant.labels.applies(test.y)
     assert float((predicted[others] == 0).float().mean()) > 0.9
     assert float((result.model(test.x).argmax(1) == test.y).float().mean()) > 0.95
+    (noise,) = result.truth.controls
+    assert noise.name == "noise"
+    assert torch.equal(noise.trigger(test.x[:9]), WaNet(strength=4.0).noisy_trigger(data.shape)(test.x[:9]))
     assert len(result.index) == len(result.cover) == 0
     assert not result.model.training
 

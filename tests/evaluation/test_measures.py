@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from bezoar.attacks._attack import GroundTruth, Plant
+from bezoar.attacks._attack import Control, GroundTruth, Plant
 from bezoar.attacks._labels import LabelMap
 from bezoar.core.errors import SettingError
 from bezoar.core.trigger import MaskedTrigger
@@ -181,3 +181,13 @@ def test_der_and_rir_of_the_corners():
     assert der(acc=(1.0, 0.0), asr=(0.0, 1.0)) == 0
     assert rir(acc=(1.0, 1.0), ra=(0.0, 1.0)) == 1
     assert rir(acc=(0.9, 0.8), ra=(0.1, 0.7)) == pytest.approx((0.6 - 0.1 + 1) / 2)
+
+
+def test_control_is_measured_by_the_true_label():
+    truth = GroundTruth(plant().plants, controls=(Control(says(1), "noise"),))
+    x, y = images([0, 1, 1, 2]), torch.tensor([0, 1, 1, 2])
+    found = measure(Corner(), x, y, truth)
+    (control,) = found.controls
+    assert (control.name, control.acc.value, control.acc.count) == ("noise", 0.5, 4)
+    merged = count(Corner(), x[:1], y[:1], truth) + count(Corner(), x[1:], y[1:], truth)
+    assert merged.measures(truth) == found

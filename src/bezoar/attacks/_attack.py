@@ -49,10 +49,26 @@ class Plant:
 
 
 @dataclass(frozen=True)
+class Control:
+    """A change like the trigger's that must not work: images that carry it keep their true label."""
+
+    trigger: Trigger
+    name: str
+
+
+@dataclass(frozen=True)
 class GroundTruth:
-    """What the attacker knows. The first plant is the main one."""
+    """What the attacker knows.
+
+    Attributes:
+        plants: Planted triggers; the first is the main one.
+        controls: Changes that the attack taught the victim to ignore, such as WaNet's noisy warps.
+        figures: What the attack measured of itself by name, such as the share of hidden bits that can be read.
+    """
 
     plants: tuple[Plant, ...]
+    controls: tuple[Control, ...] = ()
+    figures: dict[str, float] = field(default_factory=dict)
 
     @property
     def main(self) -> Plant:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar.attacks._attack import Attack, Backdoored, GroundTruth, Plant
+from bezoar.attacks._attack import Attack, Backdoored, Control, GroundTruth, Plant
 from bezoar.attacks._labels import Kind, LabelMap
 from bezoar.core.trigger import Trigger
 
@@ -31,10 +31,12 @@ class InBatchAttack(Attack):
         """The attacker's label map."""
         return LabelMap(num_classes, self.target, self.label_map)
 
-    def backdoored(self, model: nn.Module, trigger: Trigger, labels: LabelMap) -> Backdoored:
+    def backdoored(
+        self, model: nn.Module, trigger: Trigger, labels: LabelMap, controls: tuple[Control, ...] = ()
+    ) -> Backdoored:
         """A victim with one plant; no index, as no example of the training set is poisoned for good."""
         none = torch.empty(0, dtype=torch.long)
-        return Backdoored(model, GroundTruth((Plant(trigger, labels),)), none, none)
+        return Backdoored(model, GroundTruth((Plant(trigger, labels),), controls), none, none)
 
 
 class Stateless:

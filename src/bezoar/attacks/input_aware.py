@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar.attacks._attack import Backdoored, Examples, Training
+from bezoar.attacks._attack import Backdoored, Control, Examples, Training
 from bezoar.attacks._generator import Generator, build, on
 from bezoar.attacks._in_batch import Companion, InBatchAttack, Stateless, cross_entropy, frozen, pick, share
 from bezoar.attacks._labels import LabelMap
@@ -21,6 +21,7 @@ _GENERATOR_DROPS = (1 / 3, 1 / 2, 2 / 3, 5 / 6)
 # The same for the mask: epochs 10 and 20 of 25.
 _MASK_DROPS = (0.4, 0.8)
 _BETAS = (0.5, 0.9)
+_BANK = 64  # images whose triggers are tried on others
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +122,12 @@ class InputAware(InBatchAttack):
         learner = Companion(pattern, self.generator_lr, _BETAS, partial(falling, steps=steps))
         model = training.fit("victim", data, objective=_OwnTriggers(self, labels, learner, mask))
         learner.settle()
-        return self.backdoored(model, InputAwareTrigger(frozen(pattern), mask), labels)
+        trigger = InputAwareTrigger(frozen(pattern), mask)
+        controls: tuple[Control, ...] = ()
+        if len(data.x) > 1:
+            others = torch.unique(data.x[:_BANK], dim=0)
+            controls = (Control(trigger.cross(others), "cross"),) if len(others) > 1 else ()
+        return self.backdoored(model, trigger, labels, controls)
 
     def train_mask(self, mask: nn.Module, data: Examples, training: Training) -> nn.Module:
         """Train the mask's generator to small masks that differ between images; it stays fixed afterwards."""

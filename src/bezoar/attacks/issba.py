@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,13 @@ from bezoar.attacks._network import on_device, require_training
 from bezoar.attacks._poison import PoisonAttack, Poisoned
 from bezoar.core.errors import SettingError
 from bezoar.core.trigger import Trigger
+from bezoar.ops.augment import as_float
 from bezoar.ops.objective import Batch
 from bezoar.ops.recipe import Recipe
 
 _PIXELS_PER_BIT = 40  # 100 bits, the paper's length, fit into 64 x 64 pixels
 
+_READ = 1000  # images that the bits are read from, to see how many are right
 _ALIKE = 0.4  # changes of two images may correlate this much; the paper's check is that they are not the same
 
 
@@ -189,7 +192,9 @@ class ISSBA(PoisonAttack):
     def poison(self, data: Examples, training: Training | None = None) -> Poisoned:
         messenger = self.train(data, require_training(self, training))
         trigger = self.message_trigger(messenger)
-        return self.stamp_with(data, trigger, trigger)
+        poisoned = self.stamp_with(data, trigger, trigger)
+        figures = {"bit accuracy": bit_accuracy(trigger, messenger.decoder, data.x[:_READ])}
+        return dataclasses.replace(poisoned, truth=dataclasses.replace(poisoned.truth, figures=figures))
 
     def message_length(self, shape: tuple[int, int, int]) -> int:
         """Bits hidden in images of ``shape`` (C, H, W)."""
@@ -255,6 +260,14 @@ class _Hiding:
     def _bits(self, x: Tensor) -> int:
         channels, height, width = x.shape[1:]
         return self.attack.message_length((channels, height, width))
+
+
+@torch.no_grad()
+def bit_accuracy(trigger: MessageTrigger, decoder: MessageDecoder, x: Tensor) -> float:
+    """Share of the bits that the decoder reads rightly from ``(N, C, H, W)`` images with the message, in [0, 1]."""
+    decoder = decoder.cpu().eval()
+    read = [decoder(trigger(as_float(part))) > 0 for part in torch.split(x, 256)]
+    return float((torch.cat(read) == (trigger.secret > 0.5)).float().mean())
 
 
 def _likeness(one: Tensor, other: Tensor) -> Tensor:

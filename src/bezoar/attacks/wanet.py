@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar.attacks._attack import Backdoored, Examples, Training
+from bezoar.attacks._attack import Backdoored, Control, Examples, Training
 from bezoar.attacks._in_batch import InBatchAttack, Stateless, cross_entropy, pick, share
 from bezoar.attacks._labels import LabelMap
 from bezoar.core.run import generator as seeded
@@ -101,7 +101,8 @@ class WaNet(InBatchAttack):
         """See :class:`~bezoar.attacks._attack.Attack`."""
         labels, trigger = self.labels(data.num_classes), self.trigger(data.shape)
         objective = _WarpBatches(trigger, labels, self.rate, self.cross_ratio)
-        return self.backdoored(training.fit("victim", data, objective=objective), trigger, labels)
+        controls = (Control(self.noisy_trigger(data.shape), "noise"),) if self.cross_ratio else ()
+        return self.backdoored(training.fit("victim", data, objective=objective), trigger, labels, controls)
 
 
 class _WarpBatches(Stateless):

@@ -203,6 +203,8 @@ def summary(record: Record, out: Path) -> str:
         lines.append(f"    RA   {found.ra}")
         if plant.stealth is not None:
             lines.append(f"    seen {_seen(plant.stealth)}")
+    lines += [f"  {one.name} accuracy, with a change that must not work  {one.acc}" for one in record.measures.controls]
+    lines += [f"  {name} {value:.1%}" for name, value in record.figures.items()]
     lines += [f"  note: {warning}" for warning in record.warnings]
     took = sum(record.run.seconds.values())
     lines.append(f"  {took:.0f} s; in {out}: {', '.join([*record.files, 'record.json'])}")

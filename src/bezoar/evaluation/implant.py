@@ -332,6 +332,7 @@ class _Work:
             cover=len(backdoored.cover),
             plants=plants,
             measures=found,
+            figures=backdoored.truth.figures,
             clean_twin=twin,
             files=self.files,
             warnings=(*victim.splits.notes, *self.warnings),

@@ -66,6 +66,19 @@ class PlantMeasures:
 
 
 @dataclass(frozen=True)
+class ControlMeasures:
+    """Accuracy on images with a change that must not work: WaNet's noise accuracy, Input-Aware's cross accuracy.
+
+    Attributes:
+        name: Of the control.
+        acc: Share of all images, so changed, that are given their true label.
+    """
+
+    name: str
+    acc: Rate
+
+
+@dataclass(frozen=True)
 class Measures:
     """Measures of a model.
 
@@ -73,11 +86,13 @@ class Measures:
         acc: Accuracy on clean images of all classes.
         acc_per_class: The same by true class.
         plants: One for each planted trigger, the main one first; empty where no ground truth was given.
+        controls: One for each change that must not work.
     """
 
     acc: Rate
     acc_per_class: tuple[Rate, ...]
     plants: tuple[PlantMeasures, ...] = ()
+    controls: tuple[ControlMeasures, ...] = ()
 
     @property
     def main(self) -> PlantMeasures:
@@ -114,15 +129,24 @@ class Counts:
         total: ``(K,)`` images by true class.
         right: ``(K,)`` of them classified rightly while clean.
         plants: Counts of each trigger on all of them, target class included.
+        controls: Of each change that must not work, ``(K,)`` images that are given their true label all the same.
     """
 
     total: tuple[int, ...]
     right: tuple[int, ...]
     plants: tuple[PlantCounts, ...] = ()
+    controls: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of(
-        cls, y: Tensor, clean: Tensor, triggered: Sequence[Tensor] = (), maps: Sequence[LabelMap] = (), *, k: int
+        cls,
+        y: Tensor,
+        clean: Tensor,
+        triggered: Sequence[Tensor] = (),
+        maps: Sequence[LabelMap] = (),
+        controlled: Sequence[Tensor] = (),
+        *,
+        k: int,
     ) -> Self:
         """Count predictions.
 
@@ -131,17 +155,20 @@ class Counts:
             clean: ``(N,)`` predictions on the clean images.
             triggered: For each trigger, ``(N,)`` predictions on the same images triggered.
             maps: What the attacker wants of each trigger.
+            controlled: For each change that must not work, ``(N,)`` predictions on the images so changed.
             k: Number of classes K.
         """
         plants = tuple(
             PlantCounts(_by_class(y, found == wanted(y), k), _by_class(y, found == y, k))
             for found, wanted in zip(triggered, maps, strict=True)
         )
-        return cls(_by_class(y, torch.ones_like(y, dtype=torch.bool), k), _by_class(y, clean == y, k), plants)
+        controls = tuple(_by_class(y, found == y, k) for found in controlled)
+        return cls(_by_class(y, torch.ones_like(y, dtype=torch.bool), k), _by_class(y, clean == y, k), plants, controls)
 
     def __add__(self, other: Counts) -> Counts:
         plants = tuple(a + b for a, b in zip(self.plants, other.plants, strict=True))
-        return Counts(_sum(self.total, other.total), _sum(self.right, other.right), plants)
+        controls = tuple(_sum(a, b) for a, b in zip(self.controls, other.controls, strict=True))
+        return Counts(_sum(self.total, other.total), _sum(self.right, other.right), plants, controls)
 
     def measures(self, truth: GroundTruth | None = None) -> Measures:
         """The measures; ``truth`` is that of the counts."""
@@ -149,6 +176,10 @@ class Counts:
             acc=Rate.of(sum(self.right), sum(self.total)),
             acc_per_class=tuple(map(Rate.of, self.right, self.total)),
             plants=tuple(self._plant(counts, plant) for counts, plant in zip(self.plants, _plants(truth), strict=True)),
+            controls=tuple(
+                ControlMeasures(control.name, Rate.of(sum(right), sum(self.total)))
+                for right, control in zip(self.controls, () if truth is None else truth.controls, strict=True)
+            ),
         )
 
     def _plant(self, counts: PlantCounts, plant: Plant) -> PlantMeasures:
@@ -223,7 +254,8 @@ def count(
         raise SettingError(f"test labels lie in {int(y.min())}..{int(y.max())}, not in 0..{k - 1}")
     clean = predict(model, x, batch=batch)
     triggered = [predict(model, x, plant.trigger, batch) for plant in plants]
-    return Counts.of(y, clean, triggered, [plant.labels for plant in plants], k=k)
+    controlled = [predict(model, x, control.trigger, batch) for control in (truth.controls if truth else ())]
+    return Counts.of(y, clean, triggered, [plant.labels for plant in plants], controlled, k=k)
 
 
 def measure(

@@ -51,6 +51,7 @@ class Record:
         poisoned, cover: Numbers of training examples in ``index.json``.
         plants: The planted triggers, the main one first.
         measures: Of the victim, on the test images.
+        figures: What the attack measured of itself by name, such as the share of hidden bits that can be read.
         clean_twin: The same of a net that was trained on clean data the same way: its ASR is what the trigger does to a
             net without a backdoor. Null where none was asked for.
         files: SHA-256 of each file beside this one; empty for folders.
@@ -72,6 +73,7 @@ class Record:
     cover: int
     plants: tuple[PlantFacts, ...]
     measures: Measures
+    figures: dict[str, float] = field(default_factory=dict)
     clean_twin: Measures | None
     files: dict[str, str]
     warnings: tuple[str, ...]
