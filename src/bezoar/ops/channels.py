@@ -13,8 +13,15 @@ from torch import Tensor, nn
 
 from bezoar.core.errors import UnsupportedModel
 
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
-_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+_NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
+#: Layers that multiply by a weight of their own, with the output channels first.
+WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -25,14 +32,12 @@ class Site:
         name: Dotted name in the model.
         module: A normalisation with gain and shift, or a convolution or linear layer.
         channels: Number of channels.
-        axis: Axis of the channels in the output.
         norm: Whether it is a normalisation.
     """
 
     name: str
     module: nn.Module
     channels: int
-    axis: int
     norm: bool
 
 
@@ -49,27 +54,35 @@ def find_sites(model: nn.Module, x: Tensor) -> list[Site]:
     Raises:
         UnsupportedModel: There is no such layer.
     """
-    ran = _ran(model, x, _NORMS + _WEIGHTED)
-    norms = [(n, m) for n, m in ran if isinstance(m, _NORMS) and getattr(m, "weight", None) is not None]
-    if norms:
-        return [_norm_site(name, module) for name, module in norms]
-    plain = [(n, m) for n, m in ran if isinstance(m, _WEIGHTED)][:-1]
-    if not plain:
+    ran = in_order(model, x, _NORMS + WEIGHTED)
+    norms = [(name, module) for name, module, _ in ran if isinstance(module, _NORMS)]
+    plain = [(name, module) for name, module, _ in ran if isinstance(module, WEIGHTED)][:-1]
+    sites = [_site(*one) for one in norms if _own_weight(one[1])] or [
+        _site(*one) for one in plain if _own_weight(one[1])
+    ]
+    if not sites:
         raise UnsupportedModel(
             f"{type(model).__name__} has no channels to gate: no normalisation, and no hidden layer",
             "Use a method that tunes weights, such as finetune",
         )
-    return [Site(name, module, len(module.weight), 1, norm=False) for name, module in plain]
+    return sites
 
 
-def _ran(model: nn.Module, x: Tensor, kinds: tuple[type[nn.Module], ...]) -> list[tuple[str, nn.Module]]:
+def in_order(model: nn.Module, x: Tensor, kinds: tuple[type[nn.Module], ...]) -> list[tuple[str, nn.Module, Tensor]]:
+    """Names, layers of some kinds and what they give, in the order in which they first run, in eval mode.
+
+    Args:
+        model: Left as it was.
+        x: ``(B, C, H, W)`` images.
+        kinds: Types of layers.
+    """
     names = {module: name for name, module in model.named_modules()}
-    order: dict[nn.Module, None] = {}
-    handles = [
-        module.register_forward_hook(lambda module, *_: order.setdefault(module))
-        for module in names
-        if isinstance(module, kinds)
-    ]
+    order: dict[nn.Module, Tensor] = {}
+
+    def note(module: nn.Module, _given: Any, out: Tensor) -> None:
+        order.setdefault(module, out)
+
+    handles = [module.register_forward_hook(note) for module in names if isinstance(module, kinds)]
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -80,23 +93,30 @@ def _ran(model: nn.Module, x: Tensor, kinds: tuple[type[nn.Module], ...]) -> lis
             handle.remove()
         for module, mode in modes:
             module.training = mode
-    return [(names[module], module) for module in order]
+    return [(names[module], module, out) for module, out in order.items()]
 
 
-def _norm_site(name: str, module: nn.Module) -> Site:
-    weight = module.weight
+def _own_weight(module: nn.Module) -> bool:
+    # A weight that a parametrisation computes, such as weight normalisation, cannot be scaled in place.
+    return isinstance(module._parameters.get("weight"), nn.Parameter)
+
+
+def _site(name: str, module: nn.Module) -> Site:
+    weight, last = module.weight, isinstance(module, nn.LayerNorm | nn.RMSNorm)
     assert isinstance(weight, Tensor)
-    # LayerNorm may span several axes; what it has a gain for is then a position, which gates as well.
-    last = isinstance(module, nn.LayerNorm)
-    return Site(name, module, weight.numel() if not last else weight.shape[-1], -1 if last else 1, norm=True)
+    # LayerNorm may span several axes; a gate then belongs to the last one.
+    return Site(name, module, weight.shape[-1 if last else 0], norm=isinstance(module, _NORMS))
 
 
 class Gates:
     """A factor on the gain of each channel, and one on its shift; 1 changes nothing.
 
     On a normalisation with gain g and shift b the output becomes ``gain g n(x) + shift b``. On a convolution or linear
-    layer without one after it the whole output, bias included, is multiplied by the gain, as a channel that is switched
-    off would otherwise still give its bias.
+    layer in a net without normalisation the whole output, bias included, is multiplied by the gain, as a channel that
+    is switched off would otherwise still give its bias; its bias alone is multiplied by the shift as well.
+
+    The layers run with scaled weights, so that what a gated layer gives is what it gives after :meth:`fold`, whatever
+    else it does inside, such as an activation; and factors of 1 change not a bit.
 
     Args:
         sites: See :func:`find_sites`; the model that they belong to is not changed before :meth:`fold`.
@@ -110,25 +130,27 @@ class Gates:
 
     @contextmanager
     def applied(self, gain: dict[str, Tensor] | None = None, shift: dict[str, Tensor] | None = None) -> Iterator[None]:
-        """Run the model with these factors, the gates' own by default."""
+        """Run the model with these factors, the gates' own by default; they may change in place meanwhile."""
         gain, shift = self.gain if gain is None else gain, self.shift if shift is None else shift
-        hooks = [s.module.register_forward_hook(partial(_gated, s, gain[s.name], shift[s.name])) for s in self.sites]
+        hooks: list[Any] = []
         try:
+            for site in self.sites:
+                before = partial(_put, site, gain[site.name], shift[site.name])
+                hooks.append(site.module.register_forward_pre_hook(before))
+                hooks.append(site.module.register_forward_hook(partial(_take_back, site), always_call=True))
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+            for site in self.sites:
+                _take_back(site)
 
     @torch.no_grad()
     def fold(self) -> None:
         """Multiply the weights by the factors, so that the model alone does what it did with them."""
         for site in self.sites:
-            weight, bias = site.module.weight, getattr(site.module, "bias", None)
-            assert isinstance(weight, Tensor)
-            gain = self.gain[site.name].to(weight)
-            weight.mul_(gain if site.norm else gain.view(-1, *[1] * (weight.ndim - 1)))
-            if isinstance(bias, Tensor):
-                bias.mul_(self.shift[site.name].to(bias) if site.norm else gain)
+            for name, value in _scaled(site, self.gain[site.name], self.shift[site.name]).items():
+                getattr(site.module, name).copy_(value)
 
     @property
     def count(self) -> int:
@@ -136,12 +158,26 @@ class Gates:
         return sum(site.channels for site in self.sites)
 
 
-def _gated(site: Site, gain: Tensor, shift: Tensor, _module: nn.Module, _given: Any, out: Tensor) -> Tensor:
-    shape = [1] * out.ndim
-    shape[site.axis] = site.channels
-    gain, shift = gain.view(shape).to(out), shift.view(shape).to(out)
-    bias = getattr(site.module, "bias", None)
-    if not site.norm or not isinstance(bias, Tensor):
-        return out * gain
-    bias = (bias if bias.ndim == 1 else bias.mean(tuple(range(bias.ndim - 1)))).view(shape).to(out)
-    return (out - bias) * gain + bias * shift
+def _scaled(site: Site, gain: Tensor, shift: Tensor) -> dict[str, Tensor]:
+    weight, bias = site.module.weight, getattr(site.module, "bias", None)
+    assert isinstance(weight, Tensor)
+    gain = gain.to(weight)
+    scaled = {"weight": weight * (gain if site.norm else gain.view(-1, *[1] * (weight.ndim - 1)))}
+    if isinstance(bias, Tensor):
+        shift = shift.to(bias)
+        scaled["bias"] = bias * (shift if site.norm else shift * gain)
+    return scaled
+
+
+def _put(site: Site, gain: Tensor, shift: Tensor, _module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    # An entry of the instance hides the parameter of the same name without touching it.
+    site.module.__dict__.update(_scaled(site, gain, shift))
+    if isinstance(site.module, nn.GroupNorm) and not given[0].requires_grad:
+        # On the CPU torch crashes in the backward pass where a channels-last input needs no gradient.
+        return given[0].contiguous(), *given[1:]
+    return None
+
+
+def _take_back(site: Site, *_given: Any) -> None:
+    for name in ("weight", "bias"):
+        site.module.__dict__.pop(name, None)
