@@ -148,7 +148,7 @@ def purify(
     model: str | Path | nn.Module,
     data: Any,
     *,
-    method: Purifier | str = "unlearn",
+    method: Purifier | str = "auto",
     found: Result | None = None,
     label: int | None = None,
     out: str | Path | None = None,
@@ -159,7 +159,7 @@ def purify(
 ) -> tuple[nn.Module, Report]:
     """Give back a clean model.
 
-    A method that needs a trigger scans first. The caller's model comes back as it was.
+    A method that needs a trigger, or does better with one, scans first. The caller's model comes back as it was.
 
     Args:
         model: See :func:`scan`.
@@ -189,9 +189,9 @@ def purify(
             raise SettingError("the scan is of another model: the hashes differ", "Scan this model first")
         triggers: dict[int, InvertedTrigger] = {}
         warnings: tuple[str, ...] = ()
-        if purifier.needs_triggers:
-            if found is None:
-                found = _scan(session, scanner)
+        if found is None and (purifier.needs_triggers or purifier.wants_scan):
+            found = _scan(session, scanner)
+        if found is not None and (purifier.needs_triggers or found.verdict == "backdoored" or label is not None):
             triggers, warnings = _triggers_to_unlearn(found, label)
         module, network, cleaning = _purify(session, purifier, triggers, None if out is None else Path(out))
         warnings = (*warnings, *session.run.warnings)
@@ -290,9 +290,7 @@ def _accuracy(model: nn.Module, x: Tensor, y: Tensor, session: Session) -> float
     return float(torch.cat(hits).float().mean())
 
 
-def _success(
-    model: nn.Module, trigger: Trigger | None, label: int | None, x: Tensor, session: Session
-) -> float | None:
+def _success(model: nn.Module, trigger: Trigger | None, label: int | None, x: Tensor, session: Session) -> float | None:
     if trigger is None or label is None:
         return None
     return _accuracy(model, trigger(x), torch.full((len(x),), label), session)

@@ -118,7 +118,7 @@ def purify(
     *,
     data: str,
     out: Path,
-    method: str = "unlearn",
+    method: str = "auto",
     scan: Path | None = None,
     label: int | None = None,
     seeds: int = 3,
@@ -131,9 +131,10 @@ def purify(
 ) -> int:
     """Give back a clean model, in the format that was read.
 
-    unlearn scans first and fine-tunes the model on clean images that carry the inverted trigger with their true
-    labels; finetune trains on the clean images alone. Accuracy, and success of the inverted trigger, are measured on
-    images that neither has seen.
+    auto scans first, then tries several methods, keeps what a defender's own measurements say is best, and tells why.
+    unlearn fine-tunes the model on clean images that carry the inverted trigger with their true labels; finetune trains
+    on the clean images alone; bezoar methods lists the others. Accuracy, and success of the inverted trigger, are
+    measured on images that none of them has seen.
 
     For instance:
 
@@ -145,12 +146,12 @@ def purify(
         model: Model file or folder, see bezoar scan.
         data: Clean images with labels, see bezoar scan.
         out: Folder for the cleaned model, changes.json and the report.
-        method: unlearn or finetune; see bezoar methods.
+        method: auto, or another one of bezoar methods.
         scan: Folder that bezoar scan --out wrote for this model, so that it is not scanned again.
-        label: Unlearn the inverted trigger of this label, whatever the verdict.
+        label: Use the inverted trigger of this label, whatever the verdict.
         seeds: Seeds of the scan.
         json: Print the whole report as JSON instead of the summary.
-        budget: Time allowed for the scan, such as 90s, 2m or 1h.
+        budget: Time allowed, such as 90s, 2m or 1h.
         set_: A setting of the purifier, such as --set epochs=20.
         quiet: No progress and no summary.
     """
