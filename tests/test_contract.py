@@ -20,7 +20,7 @@ from torch import nn
 import bezoar
 from bezoar.attacks._attack import Backdoored, Examples, Training
 from bezoar.attacks._store import load_truth, save_truth
-from bezoar.core.errors import BezoarError, BudgetSpent, SettingError
+from bezoar.core.errors import BezoarError, BudgetSpent, SettingError, UnsupportedModel
 from bezoar.core.evidence import Scan
 from bezoar.core.method import Clean
 from bezoar.core.registry import methods
@@ -283,15 +283,17 @@ def test_purifier_same_seed_same_weights(purifier, clean_data):
 SHORT = {"epochs": 2, "steps": 12, "rounds": 2, "teacher_epochs": 2, "unlearn_epochs": 4, "recover_epochs": 2}
 
 
-def purify(
-    purifier: type, model: nn.Module, data: tuple[torch.Tensor, torch.Tensor], short: bool = True
-) -> nn.Module:
+def purify(purifier: type, model: nn.Module, data: tuple[torch.Tensor, torch.Tensor], short: bool = True) -> nn.Module:
     made = purifier()
     if short:
         most = {f.name: min(getattr(made, f.name), SHORT[f.name]) for f in dataclasses.fields(made) if f.name in SHORT}
         made = dataclasses.replace(made, **most)
     triggers = {TARGET: trigger()} if purifier.needs_triggers else None
-    return made(model, clean(data), Run(seed=3), triggers)
+    try:
+        return made(model, clean(data), Run(seed=3), triggers)
+    except UnsupportedModel as refusal:  # such as a method for residual networks: its own tests hold it to the same
+        assert refusal.hint
+        pytest.skip(str(refusal))
 
 
 @every_purifier

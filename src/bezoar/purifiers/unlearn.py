@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.core.trigger import InvertedTrigger
-from bezoar.ops.fit import fit
+from bezoar.ops.fit import Stamp, fit
 from bezoar.purifiers._tuning import Tuning
 
 
@@ -51,18 +51,23 @@ class Unlearn(Tuning):
 
     def purify(self, model: nn.Module, clean: Clean, run: Run, triggers: dict[int, InvertedTrigger]) -> nn.Module:
         """See :class:`bezoar.core.method.Purifier`."""
-        chosen = list(triggers.values())
+        stamp = self.stamp(list(triggers.values()))
+        fit(model, clean.x, clean.y, self.recipe(), seed=run.seed, stamp=stamp, progress=run.progress.training)
+        return model
 
-        def stamp(x: Tensor, generator: torch.Generator) -> Tensor:
+    def stamp(self, chosen: list[InvertedTrigger]) -> Stamp:
+        """What stamps a share of the images, each with one of the triggers."""
+
+        def stamped(x: Tensor, generator: torch.Generator) -> Tensor:
             which = torch.randint(len(chosen), (len(x),), generator=generator)
             carries = torch.rand(len(x), generator=generator) < self.share
             strength = self.jitter + (1 - self.jitter) * torch.rand(len(x), generator=generator)
             out = x.clone()
             for number, trigger in enumerate(chosen):
                 rows = carries & (which == number)
-                weight = strength[rows].view(-1, 1, 1, 1)
+                weight = strength[rows].view(-1, 1, 1, 1).to(x.device)
+                rows = rows.to(x.device)
                 out[rows] = (1 - weight) * x[rows] + weight * trigger(x[rows])
             return out
 
-        fit(model, clean.x, clean.y, self.recipe(), seed=run.seed, stamp=stamp, progress=run.progress.training)
-        return model
+        return stamped
