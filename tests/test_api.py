@@ -156,7 +156,8 @@ def purified(found, disk):
     out = disk["folder"] / "out"
     path = disk["folder"] / "backdoored.safetensors"
     before = path.read_bytes()
-    model, report = bezoar.purify(path, disk["data"], found=found, out=out, arch=disk["arch"], **QUICK)
+    more = {"method": "unlearn", "found": found, "out": out, "arch": disk["arch"]}
+    model, report = bezoar.purify(path, disk["data"], **more, **QUICK)
     assert path.read_bytes() == before
     return model, report, out
 
@@ -205,7 +206,8 @@ def test_clean_model_has_nothing_to_unlearn(disk, tmp_path: Path):
     assert result.verdict != "backdoored"
     as_clean = replace(result, report=replace(result.report, verdict="clean", target=None))
     with pytest.raises(SettingError, match="no trigger to unlearn") as caught:
-        bezoar.purify(path, disk["data"], found=as_clean, out=tmp_path / "out", arch=disk["arch"], **QUICK)
+        more = {"method": "unlearn", "found": as_clean, "out": tmp_path / "out", "arch": disk["arch"]}
+        bezoar.purify(path, disk["data"], **more, **QUICK)
     assert "finetune" in caught.value.hint
     assert not (tmp_path / "out").exists()
     method = Unlearn(epochs=1)
@@ -233,9 +235,12 @@ def test_finetune_needs_no_scan(pair, tmp_path: Path):
     Report.from_json(report.to_json())
 
 
-def test_purify_scans_where_it_was_not_told(pair):
+def test_purify_scans_first_and_says_why_it_chose(pair):
     model, report = bezoar.purify(trained(backdoored=True), pair, **{**QUICK, "seeds": 1})
     assert (report.verdict, report.target, report.cleaning.target) == ("backdoored", TARGET, TARGET)
+    assert report.cleaning.method == "auto"
+    assert report.cleaning.notes["kept"] in {one["method"] for one in report.cleaning.notes["tried"]}
+    assert Report.from_json(report.to_json()).cleaning.notes == report.cleaning.notes
     assert asr(model, *images(120, seed=8)) < 0.3
 
 

@@ -61,7 +61,8 @@ def test_scan_prints_json(capsys, scanned):
 
 def test_purify_uses_an_earlier_scan(scanned, tmp_path, capsys):
     out = tmp_path / "cleaned"
-    code = run("purify", MODEL, "--data", DATA, "--scan", str(scanned), "--out", str(out), "--images", "200")
+    common = ("--scan", str(scanned), "--out", str(out), "--images", "200", "--method", "unlearn")
+    code = run("purify", MODEL, "--data", DATA, *common)
     assert code == 0
     said = capsys.readouterr().out
     assert "unlearn" in said

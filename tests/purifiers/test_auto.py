@@ -59,6 +59,7 @@ def steps(monkeypatch, **made: type[Purifier] | Exception) -> None:
 def method(change) -> object:
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Changed(Purifier):
+        epochs: int = 20
         share: float = 0.1
         distill: float = 2.0
 
@@ -127,7 +128,7 @@ def test_triggers_of_a_scan_join_the_probe(clean):
     assert len(probe.triggers) == 2 * LABELS + 1
 
 
-@pytest.mark.parametrize("settings", [{"tolerance": -0.1}, {"free": 2.0}, {"response": 1.5}])
+@pytest.mark.parametrize("settings", [{"tolerance": -0.1}, {"free": 2.0}, {"response": 1.5}, {"epochs": 0}])
 def test_bad_settings_are_refused(settings):
     with pytest.raises(SettingError):
         Auto(**settings)

@@ -30,7 +30,7 @@ def run(out: Path, report: Told | None = None) -> tuple[Report, str]:
         found = api.scan(model, data, model_options=options, report=report)
         leader = found.report.triggers[0].label
         cleaned, whole = api.purify(
-            model, data, found=found, label=leader, out=out, model_options=options, report=report
+            model, data, method="unlearn", found=found, label=leader, out=out, model_options=options, report=report
         )
         truth = json.loads((assets / "truth.json").read_text(encoding="utf-8"))
         with np.load(assets / "truth.npz") as arrays:

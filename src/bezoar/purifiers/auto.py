@@ -34,6 +34,7 @@ class Auto(Purifier):
     it was, it stays as it was. ``notes`` say what was tried, what it measured, and what was kept.
 
     Args:
+        epochs: Passes over the clean images of each attempt at repeated unlearning.
         tolerance: Fall of clean accuracy that is accepted for a clean model, in [0, 1].
         free: Fall of clean accuracy that a step may cost whose gain cannot be measured, in [0, 1].
         response: Success of the triggers that were inverted from the suspect model, in [0, 1]: above it, the cleaned
@@ -46,11 +47,13 @@ class Auto(Purifier):
 
     wants_scan = True
 
+    epochs: int = 20
     tolerance: float = 0.03
     free: float = 0.01
     response: float = 0.3
 
     def __post_init__(self) -> None:
+        self.require("epochs", self.epochs >= 1, "at least 1")
         for name in ("tolerance", "free", "response"):
             self.require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
 
@@ -61,11 +64,11 @@ class Auto(Purifier):
         clp = judge.trial("clp", {}, ground)
         if clp is not None and clp.acc >= ground.acc - self.free:
             ground = clp
-        first = judge.trial(MAIN, {}, ground)
+        first = judge.trial(MAIN, {"epochs": self.epochs}, ground)
         if first is not None and first.acc < judge.suspect.acc - self.tolerance:
-            judge.trial(MAIN, GENTLER, ground)
+            judge.trial(MAIN, {"epochs": self.epochs, **GENTLER}, ground)
         elif first is not None and first.response > self.response:
-            judge.trial(MAIN, STRONGER, ground)
+            judge.trial(MAIN, {"epochs": self.epochs, **STRONGER}, ground)
         best = judge.best()
         run.notes.update(judge.story(best))
         _copy(best.model, model)

@@ -23,8 +23,8 @@ from bezoar.scanners._together import Together
 from bezoar.scanners.additive_inversion import AdditiveInversion
 from bezoar.scanners.neural_cleanse import NeuralCleanse
 
-#: Fewer steps than this are too few to forget anything.
-LEAST_STEPS = 100
+#: Fewer steps than this for each of the passes asked for are too few to forget anything: then there are more passes.
+LEAST_STEPS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class RepeatedUnlearning(Tuning):
         """See :class:`bezoar.core.method.Purifier`; the triggers are not used."""
         del triggers
         objective = _Forgetting(self, model, clean, run)
-        epochs = enough_epochs(len(clean.x), self.batch, self.epochs, LEAST_STEPS)
+        epochs = enough_epochs(len(clean.x), self.batch, self.epochs, LEAST_STEPS * self.epochs)
         recipe = dataclasses.replace(self.recipe(), epochs=epochs)
         fit(model, clean.x, clean.y, recipe, seed=run.seed, objective=objective, progress=run.progress.training)
         run.notes["inversions"] = objective.inversions
