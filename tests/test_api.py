@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import bezoar
-from bezoar.core.errors import BezoarError, SettingError
+from bezoar.core.errors import BezoarError, DataError, SettingError
 from bezoar.core.results import Report
+from bezoar.purifiers.auto import Auto
 from bezoar.purifiers.unlearn import Unlearn
 from bezoar.scanners.neural_cleanse import NeuralCleanse
 from tests.toys import LABELS, SIZE, TARGET, acc, asr, images, net, trained
@@ -248,3 +249,20 @@ def test_purify_scans_first_and_says_why_it_chose(pair):
 def test_what_is_not_there(model, data, pair):
     with pytest.raises(BezoarError, match="no-such"):
         bezoar.scan(model or trained(backdoored=True), data or pair, size=SIZE)
+
+
+@pytest.mark.parametrize("method", ["finetune", Auto(epochs=2)])
+def test_one_image_per_class_is_enough_to_purify(method):
+    x, y = images(LABELS, seed=7)
+    model, report = bezoar.purify(trained(backdoored=True), (x, y), method=method, size=SIZE)
+    assert report.cleaning.held_out == LABELS
+    assert any("none is held out" in warning for warning in report.warnings)
+    assert (report.verdict is None) and (report.cleaning.asr_after is None)
+    assert acc(model, *images(120, seed=8)) > 0.5
+
+
+def test_scan_and_unlearning_need_two_images_per_class():
+    pair = images(LABELS, seed=7)
+    for verb, more in ((bezoar.scan, {}), (bezoar.purify, {"method": "unlearn"})):
+        with pytest.raises(DataError, match="too few"):
+            verb(trained(backdoored=True), pair, size=SIZE, **more)

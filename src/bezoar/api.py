@@ -184,13 +184,17 @@ def purify(
     scanner, model_options, options = _settings(
         settings, NeuralCleanse(), model_options or ModelOptions(), options or RunOptions()
     )
-    with open_session(model, data, model_options, options, report) as session:
+    least = 2 if purifier.needs_triggers and found is None else 1
+    with open_session(model, data, model_options, options, report, least) as session:
         if found is not None and found.report.model.sha256 != session.suspect.facts.sha256:
             raise SettingError("the scan is of another model: the hashes differ", "Scan this model first")
         triggers: dict[int, InvertedTrigger] = {}
         warnings: tuple[str, ...] = ()
         if found is None and (purifier.needs_triggers or purifier.wants_scan):
-            found = _scan(session, scanner)
+            if len(session.data) >= 2 * session.clean.num_classes:
+                found = _scan(session, scanner)
+            else:
+                session.run.warnings.append("with fewer than two images for each class, the model is not scanned first")
         if found is not None and (purifier.needs_triggers or found.verdict == "backdoored" or label is not None):
             triggers, warnings = _triggers_to_unlearn(found, label)
         module, network, cleaning = _purify(session, purifier, triggers, None if out is None else Path(out))

@@ -106,8 +106,16 @@ def open_session(
     model_options: ModelOptions,
     options: RunOptions,
     report: Report | None,
+    least: int = 2,
 ) -> Iterator[Session]:
-    """Load, check, move to the device; on the way out the caller's module and threads are as they were."""
+    """Load, check, move to the device; on the way out the caller's module and threads are as they were.
+
+    Args:
+        model, data: As the user gave them.
+        model_options, options: How to read the model, and the means of the run.
+        report: Told of progress.
+        least: Fewest images for each class, on average; a scan needs 2.
+    """
     started = time.monotonic()
     device = device_named(options.device)
     threads = torch.get_num_threads()
@@ -130,6 +138,7 @@ def open_session(
             channels=facts.channels,
             limit=options.images,
             seed=options.seed,
+            least=least,
         )
         loaded = time.perf_counter()
         suspect.module.to(device)
@@ -181,7 +190,13 @@ def _sized_by_data(
     size = (model_options.size,) * 2 if isinstance(model_options.size, int) else model_options.size
     try:
         seen = load_data(
-            data, num_classes=None, size=size, channels=model_options.channels, limit=options.images, seed=options.seed
+            data,
+            num_classes=None,
+            size=size,
+            channels=model_options.channels,
+            limit=options.images,
+            seed=options.seed,
+            least=1,
         )
     except DataError:
         if own:

@@ -66,10 +66,13 @@ class Bench:
         module = load_model(ready.model, **self._model(ready)).module
         before = self.measured(module, ready)
         figures = _figures(before, before)
+        found = None
         try:
-            found = self._scan(cell, ready, images) if needs_scan(spec.purifier) else None
+            if needs_scan(spec.purifier):
+                found = self._scan(cell, ready, images)
         except BezoarError as error:
-            return CellResult(**facts, **figures, status="refused", error=f"no scan: {error}")
+            if spec.purifier.needs_triggers:
+                return CellResult(**facts, **figures, status="refused", error=f"no scan: {error}")
         best: CellResult | None = None
         for purifier in spec.candidates():
             one = self._one(facts, ready, images, purifier, found, before, cell.seed)

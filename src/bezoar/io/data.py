@@ -109,6 +109,7 @@ def load_data(
     channels: int | None,
     limit: int | None = None,
     seed: int = 0,
+    least: int = 2,
 ) -> CleanData:
     """Read clean images with labels.
 
@@ -129,6 +130,7 @@ def load_data(
         channels: 1 or 3: images are converted where they differ.
         limit: Use at most this many images, as many of each class as there are; drawn before they are decoded.
         seed: Of that draw.
+        least: Fewest images for each class, on average.
 
     Raises:
         DataError: The data cannot be used; the hint says what to do.
@@ -140,10 +142,10 @@ def load_data(
     opened = _reader(source).open(source, wanted)
     classes = _check_labels(opened, num_classes)
     index = choose(opened.labels, limit, seed)
-    if len(index) < 2 * classes:
+    if len(index) < least * classes:
         what = "with this --limit" if len(index) < len(opened.labels) else "in the data"
         message = f"{len(index)} images {what} are too few for {classes} classes"
-        raise DataError(message, f"Give at least {2 * classes}, better {max(500, 10 * classes)}")
+        raise DataError(message, f"Give at least {least * classes}, better {max(500, 10 * classes)}")
     x = Assembly(len(index), wanted).tensor(opened.pictures(index))
     if bool((x == x[:1]).all()):
         raise DataError(f"all {len(x)} images are identical", "Look at how the data was made")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,8 @@ class RepeatedUnlearning(Tuning):
         mask_steps: Steps of the search for masks; 0 leaves it out.
         additive_steps: Steps of the search for faint changes of the whole image; 0 leaves it out.
         distill: Weight of the divergence from the suspect model's answers on clean images.
+        focus: Power of a trigger's smallness, against the usual one of its search, that says how often it is shown; 0
+            shows all alike.
         pad: Random crop after padding by this many pixels, before the trigger is stamped.
         flip: Random horizontal flip, before the trigger is stamped.
         clip: Largest gradient norm; 0 switches clipping off.
@@ -58,10 +61,11 @@ class RepeatedUnlearning(Tuning):
 
     epochs: int = 20
     every: int = 4
-    share: float = 0.1
+    share: float = 0.15
     mask_steps: int = 30
     additive_steps: int = 20
-    distill: float = 2.0
+    distill: float = 1.5
+    focus: float = 3.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +73,8 @@ class RepeatedUnlearning(Tuning):
         self.require("share", 0 < self.share <= 1, "in (0, 1]")
         self.require("mask_steps", self.mask_steps >= 0, "at least 0")
         self.require("additive_steps", self.additive_steps + self.mask_steps > 0, "above 0 where mask_steps is 0")
-        self.require("distill", self.distill >= 0, "at least 0")
+        for name in ("distill", "focus"):
+            self.require(name, getattr(self, name) >= 0, "at least 0")
 
     def purify(self, model: nn.Module, clean: Clean, run: Run, triggers: dict[int, InvertedTrigger]) -> nn.Module:
         """See :class:`bezoar.core.method.Purifier`; the triggers are not used."""
@@ -95,29 +100,31 @@ class _Forgetting(CleanLoss):
         self.settings, self.clean, self.run = settings, clean, run
         self.suspect = copy.deepcopy(model).eval().requires_grad_(False)
         self.triggers: list[InvertedTrigger] = []
+        self.weights: list[float] = []
         self.inversions = 0
 
     def epoch(self, model: nn.Module, number: int, epochs: int) -> None:
         super().epoch(model, number, epochs)
         if number % self.settings.every == 0:
             with frozen(model):
-                self.triggers = [
-                    trigger
-                    for search, steps in self.settings.searches()
-                    for trigger in self._inverted(model, search, steps, number)
-                ]
+                for search, steps in self.settings.searches():
+                    self._invert(model, search, steps, number)
             self.inversions += 1
 
-    def _inverted(self, model: nn.Module, search: Together, steps: int, number: int) -> list[InvertedTrigger]:
+    def _invert(self, model: nn.Module, search: Together, steps: int, number: int) -> None:
         order = torch.randperm(self.clean.num_classes, generator=self.run.generator("labels", number))
         labels = sorted(order[:MOST_LABELS].tolist())
         found = inverted(model, self.clean, self.run, search, labels, steps, self.run.seed + number)
-        return [trigger for _, trigger in found]
+        usual = median(trigger.size for _, trigger in found)
+        for _, trigger in found:
+            self.triggers.append(trigger)
+            self.weights.append((usual / max(trigger.size, 1e-6)) ** self.settings.focus)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         x = self.images(model, batch)
         carries = torch.rand(len(x), generator=batch.generator) < self.settings.share
-        which = torch.randint(len(self.triggers), (len(x),), generator=batch.generator)
+        weights = torch.tensor(self.weights)
+        which = torch.multinomial(weights, len(x), replacement=True, generator=batch.generator)
         shown = x.clone()
         for row in torch.nonzero(carries).flatten().tolist():
             shown[row : row + 1] = self.triggers[int(which[row])](x[row : row + 1])
