@@ -194,6 +194,16 @@ def cleaning(target: int | None = 5) -> Cleaning:
         held_out=250,
         output="cleaned/wrn-16-1.pth.tar",
         sha256="a7c2" * 16,
+        notes={
+            "kept": "clp + repeated-unlearning epochs=20",
+            "tried": [
+                {"method": "none", "acc": 0.848, "response": 0.98, "seconds": 0.0},
+                {"method": "clp", "acc": 0.846, "response": 0.93, "seconds": 0.1},
+                {"method": "clp + repeated-unlearning epochs=20", "acc": 0.84, "response": 0.11, "seconds": 41.3},
+            ],
+            "skipped": [],
+            "pruned": 12,
+        },
         layers=tuple(
             LayerChange(name=n, relative=0.21 * 0.86**i) for i, n in enumerate(["fc.weight", "fc.bias", *names])
         ),

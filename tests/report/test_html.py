@@ -14,6 +14,7 @@ import pytest
 from bezoar.core.results import Report
 from bezoar.report import svg, wording
 from bezoar.report.html import render
+from bezoar.report.text import summary
 from tests.report import samples
 
 VOID = {"meta", "link", "img", "br"}
@@ -250,3 +251,20 @@ def test_long_tensor_names_lose_their_middle() -> None:
     names = [t.text or "" for t in root.iter("text") if "name" in t.get("class", "")]
     assert names[:3] == ["fc.weight", "fc.bias", "block1.….conv1.weight"]
     assert any(t.text == "block1.layer.0.conv1.weight: 15.5 %" for t in root.iter("title"))
+
+
+def test_trials_of_auto_are_shown_with_the_one_that_was_kept():
+    page = render(samples.backdoored())
+    assert "What was tried" in page
+    assert "<b>clp + repeated-unlearning epochs=20</b> (kept)" in page
+    assert "Pruned" in page
+    assert "Skipped" not in page, "an empty list says nothing"
+    assert "  kept" in summary(samples.backdoored(), 100, False, None)
+
+
+def test_damaged_notes_do_not_break_the_page():
+    report = samples.backdoored()
+    for notes in ({"tried": [1, 2]}, {"tried": [{"method": "x"}]}, {"kept": 3, "odd": {"a": [1.5, None]}}):
+        damaged = replace(report, cleaning=replace(report.cleaning, notes=notes))
+        assert "What was tried" not in render(damaged)
+        assert "Cleaned with" in summary(damaged, 100, False, None)

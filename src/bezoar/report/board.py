@@ -118,12 +118,12 @@ def render_board(results: Sequence[CellResult], missing: int = 0) -> str:
             results=results[:MAX_CELLS],
             hidden=max(0, len(results) - MAX_CELLS),
             matrices=[_matrix(results, victims, images) for images in budgets],
-        plots=[
-            (images, [svg.trade_off(_points(table, images), width) for width in (720, 320)])
-            for images in budgets
-            if _points(table, images)
-        ],
-        victims=len(victims),
+            plots=[
+                (images, [svg.trade_off(_points(table, images), width) for width in (720, 320)])
+                for images in budgets
+                if _points(table, images)
+            ],
+            victims=len(victims),
             missing=missing,
             failed=sum(one.status == "failed" for one in results),
             oracle=any(line.oracle for line in table),

@@ -114,7 +114,27 @@ def _context(report: Report) -> dict[str, Any]:
         "max_layers": MAX_LAYERS,
         "max_examples": MAX_EXAMPLES,
         **triggers,
+        **_notes(report),
     }
+
+
+def _notes(report: Report) -> dict[str, Any]:
+    """What a purifier found out on the way: its trials as a table, the rest as it is."""
+    notes = {} if report.cleaning is None else report.cleaning.notes
+    trials = notes.get("tried", [])
+    whole = all(isinstance(one, dict) and {"method", "acc", "response", "seconds"} <= one.keys() for one in trials)
+    rest = {k: v for k, v in notes.items() if k not in ("tried", "kept") and v not in ([], "", None)}
+    return {
+        "trials": trials if whole else [],
+        "done_notes": [(name.replace("_", " ").capitalize(), _plainly(value)) for name, value in rest.items()],
+        "trained_on": any("none is held out" in warning for warning in report.warnings),
+    }
+
+
+def _plainly(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_plainly, value))
+    return wording.number(value) if isinstance(value, float) else str(value)
 
 
 def _hash(text: str) -> str:

@@ -77,6 +77,9 @@ def _run_rows(report: Report) -> list[tuple[str, str]]:
     rows = [("Accuracy (ACC)", f"{percent(check.acc)} on {check.count:,} images (guessing: {percent(check.chance)})")]
     if done is not None:
         rows.append(("Cleaned with", done.method))
+        kept = done.notes.get("kept")
+        if isinstance(kept, str):
+            rows.append(("  kept", "the model as it was: nothing was better" if kept == "none" else kept))
         rows.append(("  ACC", f"{percent(done.acc_before)} -> {percent(done.acc_after)}"))
         if done.asr_before is not None:
             rows.append((f"  ASR, label {done.target}", f"{percent(done.asr_before)} -> {percent(done.asr_after)}"))
