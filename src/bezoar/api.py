@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from bezoar.aftercare import aftercare
 from bezoar.core.errors import DataError, SettingError
 from bezoar.core.method import Purifier
 from bezoar.core.registry import find, method_name
@@ -152,6 +153,7 @@ def purify(
     found: Result | None = None,
     label: int | None = None,
     out: str | Path | None = None,
+    rescan: bool = False,
     model_options: ModelOptions | None = None,
     options: RunOptions | None = None,
     report: Told | None = None,
@@ -168,6 +170,7 @@ def purify(
         found: Result of an earlier scan, so that none is needed.
         label: Unlearn the inverted trigger of this label, whatever the verdict.
         out: Folder to write the cleaned model to, in the format that was read; the report goes beside it.
+        rescan: Scan the cleaned model as well; the verdict stands in ``cleaning.aftercare``.
         model_options: See :func:`scan`.
         options: See :func:`scan`.
         report: See :func:`scan`.
@@ -197,7 +200,9 @@ def purify(
                 session.run.warnings.append("with fewer than two images for each class, the model is not scanned first")
         if found is not None and (purifier.needs_triggers or found.verdict == "backdoored" or label is not None):
             triggers, warnings = _triggers_to_unlearn(found, label)
-        module, network, cleaning = _purify(session, purifier, triggers, None if out is None else Path(out))
+        module, network, cleaning = _purify(
+            session, purifier, triggers, None if out is None else Path(out), scanner if rescan else None
+        )
         warnings = (*warnings, *session.run.warnings)
         cleaned = network if isinstance(model, nn.Module) else module
         whole = _purified_report(session, found, cleaning, warnings)
@@ -248,7 +253,11 @@ def _triggers_to_unlearn(found: Result, label: int | None) -> tuple[dict[int, In
 
 
 def _purify(
-    session: Session, purifier: Purifier, triggers: dict[int, InvertedTrigger], out: Path | None
+    session: Session,
+    purifier: Purifier,
+    triggers: dict[int, InvertedTrigger],
+    out: Path | None,
+    rescan: NeuralCleanse | None,
 ) -> tuple[nn.Module, nn.Module, Cleaning]:
     suspect, clean = session.suspect, session.to_purify()
     # Copied together, so that the network inside the new module is the very one that is written back.
@@ -264,6 +273,7 @@ def _purify(
         session.run.warnings.append(note)
     acc = [_accuracy(m, x, y, session) for m in (suspect.module, module)]
     asr = [_success(m, trigger, label, x[y != label], session) for m in (suspect.module, module)]
+    cared = aftercare(session, module, clean, label, trigger, rescan)
     module.cpu()
     written = None if out is None else save_model(suspect, network, out)
     module.to(session.home)
@@ -279,6 +289,7 @@ def _purify(
         output="" if written is None else str(written),
         sha256="" if written is None or not written.is_file() else sha256(written),
         layers=_layer_changes(before, network.state_dict()),
+        aftercare=cared,
         notes=dict(session.run.notes),
     )
     return module, network, cleaning

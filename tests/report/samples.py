@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from bezoar.core.pictures import png, stamp_picture
 from bezoar.core.results import (
+    Aftercare,
     Cleaning,
     DataFacts,
     Example,
@@ -194,6 +195,12 @@ def cleaning(target: int | None = 5) -> Cleaning:
         held_out=250,
         output="cleaned/wrn-16-1.pth.tar",
         sha256="a7c2" * 16,
+        aftercare=Aftercare(
+            fidelity=0.951,
+            reactivation=None if target is None else 12,
+            reactivation_limit=40,
+            rescan_verdict="clean",
+        ),
         notes={
             "kept": "clp + repeated-unlearning epochs=20",
             "tried": [

@@ -122,6 +122,7 @@ def purify(
     scan: Path | None = None,
     label: int | None = None,
     seeds: int = 3,
+    rescan: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
     budget: str = "",
     model_flags: Annotated[_output.ModelFlags, Flat] = _MODEL,
@@ -150,6 +151,7 @@ def purify(
         scan: Folder that bezoar scan --out wrote for this model, so that it is not scanned again.
         label: Use the inverted trigger of this label, whatever the verdict.
         seeds: Seeds of the scan.
+        rescan: Scan the cleaned model as well.
         json: Print the whole report as JSON instead of the summary.
         budget: Time allowed, such as 90s, 2m or 1h.
         set_: A setting of the purifier, such as --set epochs=20.
@@ -168,6 +170,7 @@ def purify(
             found=found,
             label=label,
             out=out,
+            rescan=rescan,
             model_options=model_flags.make(),
             options=flags.make(budget),
             report=report,

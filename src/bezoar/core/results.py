@@ -189,6 +189,25 @@ class LayerChange:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Aftercare:
+    """How a cleaned model compares with the one it came from.
+
+    Attributes:
+        fidelity: Share of clean images that both give the same label, in [0, 1].
+        reactivation: Training steps with the inverted trigger after which it works on half of the images again; None
+            where it took more than ``reactivation_limit``, or no trigger was known.
+        reactivation_limit: Most steps tried.
+        rescan_verdict, rescan_target: Of a scan of the cleaned model, where one was asked for.
+    """
+
+    fidelity: float
+    reactivation: int | None
+    reactivation_limit: int
+    rescan_verdict: Verdict | None = None
+    rescan_target: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cleaning:
     """What a purifier did; all rates in [0, 1], on held-out clean images, with inverted triggers only.
 
@@ -202,6 +221,7 @@ class Cleaning:
         output: File that was written, or empty.
         sha256: Hash of that file, or empty.
         layers: Change of each tensor, largest first.
+        aftercare: How it compares with the model as it was.
         notes: What the purifier found out on the way, such as the label that it suspects or what it pruned.
     """
 
@@ -216,6 +236,7 @@ class Cleaning:
     output: str = ""
     sha256: str = ""
     layers: tuple[LayerChange, ...] = ()
+    aftercare: Aftercare | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
 

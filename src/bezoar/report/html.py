@@ -124,7 +124,10 @@ def _notes(report: Report) -> dict[str, Any]:
     trials = notes.get("tried", [])
     whole = all(isinstance(one, dict) and {"method", "acc", "response", "seconds"} <= one.keys() for one in trials)
     rest = {k: v for k, v in notes.items() if k not in ("tried", "kept") and v not in ([], "", None)}
+    done = report.cleaning
+    care = [] if done is None or done.aftercare is None else wording.aftercare(report, done.aftercare)
     return {
+        "care": [(name.capitalize(), text) for name, text in care],
         "trials": trials if whole else [],
         "done_notes": [(name.replace("_", " ").capitalize(), _plainly(value)) for name, value in rest.items()],
         "trained_on": any("none is held out" in warning for warning in report.warnings),

@@ -83,6 +83,7 @@ def _run_rows(report: Report) -> list[tuple[str, str]]:
         rows.append(("  ACC", f"{percent(done.acc_before)} -> {percent(done.acc_after)}"))
         if done.asr_before is not None:
             rows.append((f"  ASR, label {done.target}", f"{percent(done.asr_before)} -> {percent(done.asr_after)}"))
+        rows += _aftercare_rows(report)
         if done.output:
             rows.append(("  written to", done.output))
     spent = ", stopped by the time budget" if run.budget_spent else ""
@@ -93,6 +94,11 @@ def _run_rows(report: Report) -> list[tuple[str, str]]:
     if len(shown) < len(report.warnings):
         rows.append(("Warning", f"{len(report.warnings) - len(shown)} more in the report"))
     return rows
+
+
+def _aftercare_rows(report: Report) -> list[tuple[str, str]]:
+    care = None if report.cleaning is None else report.cleaning.aftercare
+    return [] if care is None else [(f"  {name}", text) for name, text in wording.aftercare(report, care)]
 
 
 def _row(name: str, text: str, width: int, whole: bool = False) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from bezoar.core.results import Figure, LabelEvidence, Report, Search
+from bezoar.core.results import Aftercare, Figure, LabelEvidence, Report, Search
 
 MISSING = "n/a"
 # Invisible characters that can reorder or hide text, or drive a terminal.
@@ -184,6 +184,20 @@ def _cleaning_sentence(report: Report) -> str:
     if done.asr_before is None:
         return f"{text}. The model was not scanned, so nothing is said about a backdoor."
     return f"{text}, success of the inverted trigger from {percent(done.asr_before)} to {percent(done.asr_after)}."
+
+
+def aftercare(report: Report, care: Aftercare) -> list[tuple[str, str]]:
+    """What is known of the cleaned model beside its rates, as names and texts."""
+    rows = [("same answers", f"on {percent(care.fidelity)} of the clean images")]
+    done = report.cleaning
+    if done is not None and done.target is not None:
+        within = f"after {care.reactivation} training steps" if care.reactivation is not None else "not"
+        bound = "" if care.reactivation is not None else f" within {care.reactivation_limit} training steps"
+        rows.append(("backdoor back", f"{within}{bound} with the inverted trigger"))
+    if care.rescan_verdict is not None:
+        target = "" if care.rescan_target is None else f", label {label_text(report, care.rescan_target)}"
+        rows.append(("scanned again", f"{care.rescan_verdict}{target}"))
+    return rows
 
 
 def has_size(evidence: LabelEvidence) -> bool:

@@ -1,0 +1,105 @@
+"""What a defender should know of a cleaned model: what else changed, and how near the backdoor still is."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bezoar.core.method import Clean
+from bezoar.core.results import Aftercare
+from bezoar.core.run import Run
+from bezoar.core.surgery import frozen, logits
+from bezoar.core.trigger import Trigger
+from bezoar.scanners.neural_cleanse import NeuralCleanse
+from bezoar.scanning import scan_session
+from bezoar.session import Session
+
+_BATCH = 32
+_LR = 0.01
+LIMIT = 40  #: Most steps of the attempt to bring a backdoor back.
+BACK = 0.5  #: Success of the trigger that counts as back.
+
+
+def aftercare(
+    session: Session,
+    cleaned: nn.Module,
+    clean: Clean,
+    label: int | None,
+    trigger: Trigger | None,
+    rescan: NeuralCleanse | None,
+) -> Aftercare:
+    """Look at a cleaned model.
+
+    Args:
+        session: That of the purification; its suspect is the model as it was.
+        cleaned: The cleaned module on raw pixels, on the device of the run.
+        clean: How the clean images were divided for the purification.
+        label, trigger: What was unlearned, where there is one.
+        rescan: Scan the cleaned model with this; None leaves it out.
+    """
+    x = clean.held_x if len(clean.held_x) else clean.x
+    same = _answers(session.suspect.module, x, session.run) == _answers(cleaned, x, session.run)
+    with session.phase("aftercare"):
+        steps = None
+        if trigger is not None and label is not None:
+            steps = reactivation(cleaned, clean, label, trigger, session.run)
+    verdict, target = None, None
+    if rescan is not None:
+        again = dataclasses.replace(session, suspect=dataclasses.replace(session.suspect, module=cleaned))
+        again.options = dataclasses.replace(session.options, resume=False)
+        found, _ = scan_session(again, rescan)
+        verdict, target = found.verdict, found.target
+    return Aftercare(
+        fidelity=float(same.float().mean()),
+        reactivation=steps,
+        reactivation_limit=LIMIT,
+        rescan_verdict=verdict,
+        rescan_target=target,
+    )
+
+
+def reactivation(model: nn.Module, clean: Clean, label: int, trigger: Trigger, run: Run) -> int | None:
+    """Training steps that bring the backdoor back: half of each batch carries the trigger, labelled with the target.
+
+    A backdoor that was only masked comes back within a few steps; one that is gone must be learned anew.
+
+    Args:
+        model: The cleaned model; a copy is trained.
+        clean: Its working images are trained on; success is measured on the held-out ones, where there are any.
+        label: The target.
+        trigger: An inverted trigger of it.
+        run: Device and seed.
+
+    Returns:
+        Steps until the trigger works on half of the images of other labels; None where it does not within the limit.
+    """
+    trained = copy.deepcopy(model)
+    for parameter in trained.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    optimizer = torch.optim.SGD(trained.parameters(), lr=_LR, momentum=0.9)
+    x, y = (clean.held_x, clean.held_y) if len(clean.held_x) else (clean.x, clean.y)
+    others = x[y != label][:256]
+    generator = run.generator("reactivation")
+    for step in range(LIMIT + 1):
+        if not len(others) or float((_answers(trained, trigger(others), run) == label).float().mean()) >= BACK:
+            return step if len(others) else None
+        rows = torch.randint(len(clean.x), (_BATCH,), generator=generator)
+        images, labels = clean.x[rows].clone(), clean.y[rows].clone()
+        images[: _BATCH // 2] = trigger(images[: _BATCH // 2])
+        labels[: _BATCH // 2] = label
+        # Statistics of BatchNorm stay: what counts is how far the weights are from the backdoor.
+        trained.eval()
+        optimizer.zero_grad()
+        F.cross_entropy(logits(trained, images.to(run.device)), labels.to(run.device)).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return None
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, x: Tensor, run: Run) -> Tensor:
+    with frozen(model):
+        return torch.cat([logits(model, part.to(run.device)).argmax(1).cpu() for part in torch.split(x, 256)])
