@@ -54,7 +54,7 @@ def test_report_of_a_purification_says_it(clean):
     same, report = bezoar.purify(trained(backdoored=True), pair, method=Finetune(lr=0.0, epochs=1), size=SIZE)
     care = report.cleaning.aftercare
     assert care.fidelity == pytest.approx(agreement(same, pair), abs=0.05)
-    assert (care.reactivation, care.rescan_verdict) == (None, None)
+    assert (care.reactivation, care.reactivation_other, care.rescan_verdict) == (None, None, None)
 
 
 def agreement(model: torch.nn.Module, pair: tuple[torch.Tensor, torch.Tensor]) -> float:
@@ -71,3 +71,4 @@ def test_rescan_judges_the_cleaned_model():
     assert care.rescan_verdict != "backdoored"
     assert care.rescan_target is None
     assert care.reactivation is None or care.reactivation > 0
+    assert care.reactivation_other is None or care.reactivation_other > 0

@@ -44,9 +44,10 @@ def aftercare(
     x = clean.held_x if len(clean.held_x) else clean.x
     same = _answers(session.suspect.module, x, session.run) == _answers(cleaned, x, session.run)
     with session.phase("aftercare"):
-        steps = None
+        steps = other = None
         if trigger is not None and label is not None:
             steps = reactivation(cleaned, clean, label, trigger, session.run)
+            other = reactivation(cleaned, clean, (label + 1) % clean.num_classes, trigger, session.run)
     verdict, target = None, None
     if rescan is not None:
         again = dataclasses.replace(session, suspect=dataclasses.replace(session.suspect, module=cleaned))
@@ -56,6 +57,7 @@ def aftercare(
     return Aftercare(
         fidelity=float(same.float().mean()),
         reactivation=steps,
+        reactivation_other=other,
         reactivation_limit=LIMIT,
         rescan_verdict=verdict,
         rescan_target=target,
@@ -65,7 +67,8 @@ def aftercare(
 def reactivation(model: nn.Module, clean: Clean, label: int, trigger: Trigger, run: Run) -> int | None:
     """Training steps that bring the backdoor back: half of each batch carries the trigger, labelled with the target.
 
-    A backdoor that was only masked comes back within a few steps; one that is gone must be learned anew.
+    A backdoor that was only masked comes back sooner than one that must be learned anew, such as the same trigger with
+    another label.
 
     Args:
         model: The cleaned model; a copy is trained.

@@ -198,8 +198,9 @@ def cleaning(target: int | None = 5) -> Cleaning:
         aftercare=Aftercare(
             fidelity=0.951,
             reactivation=None if target is None else 12,
+            reactivation_other=None if target is None else 15,
             reactivation_limit=40,
-            rescan_verdict="clean",
+            rescan_verdict="inconclusive",
         ),
         notes={
             "kept": "clp + repeated-unlearning epochs=20",

@@ -196,12 +196,14 @@ class Aftercare:
         fidelity: Share of clean images that both give the same label, in [0, 1].
         reactivation: Training steps with the inverted trigger after which it works on half of the images again; None
             where it took more than ``reactivation_limit``, or no trigger was known.
+        reactivation_other: The same for a label to which the trigger never led: a backdoor that is gone takes as long.
         reactivation_limit: Most steps tried.
         rescan_verdict, rescan_target: Of a scan of the cleaned model, where one was asked for.
     """
 
     fidelity: float
     reactivation: int | None
+    reactivation_other: int | None
     reactivation_limit: int
     rescan_verdict: Verdict | None = None
     rescan_target: int | None = None

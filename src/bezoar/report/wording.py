@@ -191,9 +191,11 @@ def aftercare(report: Report, care: Aftercare) -> list[tuple[str, str]]:
     rows = [("same answers", f"on {percent(care.fidelity)} of the clean images")]
     done = report.cleaning
     if done is not None and done.target is not None:
-        within = f"after {care.reactivation} training steps" if care.reactivation is not None else "not"
-        bound = "" if care.reactivation is not None else f" within {care.reactivation_limit} training steps"
-        rows.append(("backdoor back", f"{within}{bound} with the inverted trigger"))
+        back, other = (
+            f"not within {care.reactivation_limit}" if steps is None else f"after {steps}"
+            for steps in (care.reactivation, care.reactivation_other)
+        )
+        rows.append(("backdoor back", f"{back} training steps with its trigger ({other} for a label it never led to)"))
     if care.rescan_verdict is not None:
         target = "" if care.rescan_target is None else f", label {label_text(report, care.rescan_target)}"
         rows.append(("scanned again", f"{care.rescan_verdict}{target}"))
@@ -351,6 +353,8 @@ def next_steps(report: Report) -> str:
     done = report.cleaning
     model = shlex.quote(printable(report.model.path))
     data = shlex.quote(printable(report.data.path)) + _model_flags(report)
+    if done is not None and done.output and done.aftercare is not None and done.aftercare.rescan_verdict == "clean":
+        return "The cleaned model scans as clean. Try it on your own test images before use."
     if done is not None and done.output:
         return f"Check the cleaned model before use: bezoar scan {shlex.quote(printable(done.output))} --data {data}"
     if report.verdict == "backdoored" and done is None:
