@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import calibrate
+import purify
+import student
 import verdicts
 import victim_set
 from victims import OUT
@@ -173,6 +175,8 @@ def main() -> None:
         "ATTACKS": attacks.table(attacks.read()),
         "SET": _printed(victim_set.show),
         "SETCOUNT": _set_count(),
+        "PURIFY": purify.tables(purify.read()),
+        "STUDENT": student.table(student.read()),
         "HOSTILE": str(sum(line.startswith("| ") for line in hostile) - 1),
     }
     text = (HERE / "results_page.md.in").read_text()

@@ -27,6 +27,9 @@ STUDIES: dict[str, list[str]] = {
     "attacks": ["attacks.py"],
     "victim-set": ["victim_set.py"],
     "verdicts-set": ["verdicts.py", "--part", "set", "--seeds", "1"],
+    "student-500": ["student.py", "--images", "500"],
+    "student-50": ["student.py", "--images", "50"],
+    "student-2500": ["student.py", "--images", "2500", "--only", "nad,finetune", "--seeds", "3"],
     "hostile": ["hostile.py"],
     "page": ["results_page.py"],
 }
