@@ -297,6 +297,29 @@ def purify(purifier: type, model: nn.Module, data: tuple[torch.Tensor, torch.Ten
         pytest.skip(str(refusal))
 
 
+class Forbidden:
+    """Must not be looked at."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"a purifier looked at .{name} of what only measures")
+
+    def __len__(self) -> int:
+        raise AssertionError("a purifier counted what only measures")
+
+
+@pytest.mark.parametrize(
+    "purifier", [pytest.param(p, id=name) for name, p in methods("purifiers").items() if name != "auto"]
+)
+def test_purifier_sees_nothing_but_the_images_to_work_with(purifier, clean_data):
+    """``auto`` alone judges by held-out images; its own tests show that the methods it tries do not see them."""
+    made = purifier()
+    made = dataclasses.replace(made, **{f.name: SHORT[f.name] for f in dataclasses.fields(made) if f.name in SHORT})
+    blind = dataclasses.replace(clean(clean_data), held_x=Forbidden(), held_y=Forbidden())
+    triggers = {TARGET: trigger()} if purifier.needs_triggers else None
+    with contextlib.suppress(UnsupportedModel):
+        made(suspect(), blind, Run(seed=3), triggers)
+
+
 @every_purifier
 def test_purifier_without_its_trigger_says_so(purifier, clean_data):
     if purifier.needs_triggers:

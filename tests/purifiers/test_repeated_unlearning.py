@@ -14,7 +14,9 @@ from bezoar.core.errors import SettingError
 from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.ops.fit import Batch
+from bezoar.purifiers.auto import Auto
 from bezoar.purifiers.repeated_unlearning import RepeatedUnlearning, _Forgetting
+from tests.purifiers.nets import NAMES, few, form, hooks, make
 from tests.toys import LABELS, acc, asr, images, trained, trigger
 
 
@@ -109,3 +111,19 @@ def test_few_images(clean, count):
 def test_bad_settings_are_refused(settings):
     with pytest.raises(SettingError):
         RepeatedUnlearning(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, RepeatedUnlearning(epochs=1, mask_steps=2, additive_steps=2)) for name in NAMES),
+        *((name, Auto(epochs=1)) for name in ("depthwise", "vit")),
+    ],
+)
+def test_any_architecture(name, method):
+    model = make(name)
+    before = form(model)
+    cleaned = method(model, few(12), Run())
+    assert form(cleaned) == before
+    assert hooks(cleaned) == 0
+    assert all(torch.isfinite(value).all() for value in cleaned.state_dict().values())
