@@ -10,6 +10,7 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
+JOBS ?= 2
 CHECKED = src tests scripts benchmarks
 
 # Stamps: a second call finds them up to date and installs nothing; a changed pin installs again.
@@ -25,7 +26,7 @@ demo: $(RUN)  ## scan and clean the backdoored model that comes with bezoar; the
 	$(VENV)/bin/bezoar demo --out demo-report
 
 test: $(TEST)  ## run all tests but the slow ones; options: make test ARGS="-k name -m slow"
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(TEST)  ## check format (ruff), rules (ruff) and types (mypy --strict)
 	$(VENV)/bin/ruff format --check $(CHECKED)
