@@ -129,7 +129,9 @@ class Foreign:
 
 
 @pytest.mark.parametrize(
-    "value", [lambda x: x, Foreign(), nn.Linear(2, 2), (1, {2: 3}), nn.Sequential, MaskedTrigger], ids=repr
+    "value",
+    [lambda x: x, Foreign(), nn.Linear(2, 2), (1, {2: 3}), nn.Sequential, MaskedTrigger],
+    ids=["function", "foreign", "module", "number as a key", "foreign class", "class"],
 )
 def test_what_cannot_be_stored_is_refused_and_nothing_is_written(value, tmp_path):
     with pytest.raises(DataError, match=r"truth\.plants\.0\.trigger"):

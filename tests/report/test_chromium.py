@@ -172,6 +172,6 @@ def test_readable_without_script(viewer: Viewer) -> None:
     finally:
         page.call("Emulation.setScriptExecutionDisabled", value=False)
     named = {(n.get("role", {}).get("value"), n.get("name", {}).get("value")) for n in tree if not n.get("ignored")}
-    assert ("heading", "Backdoored: label 5 (dog)") in named
+    assert ("heading", "Was backdoored: label 5 (dog); cleaned with unlearn") in named
     assert all(name for role, name in named if role in ("image", "img", "heading", "columnheader"))
     assert any(role == "image" and name and name.startswith("Trigger size of 10 labels") for role, name in named)

@@ -114,7 +114,7 @@ def test_a_name_in_the_template_language_is_not_run() -> None:
 def test_a_backdoor_is_told_in_full() -> None:
     text = Page(render(samples.backdoored())).text
     for part in (
-        "Backdoored: label 5 (dog)",
+        "Was backdoored: label 5 (dog); cleaned with unlearn",
         "A trigger of 9.4 px (0.9 % of the image)",
         "3 (cat) → 5 (dog)",
         "truth: 4 (deer)",

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bezoar.core.results import Figure, Report
-from bezoar.report import wording
+from bezoar.report import cleaned, wording
 from bezoar.report.text import MAX_LINES, summary
 from tests.report import samples
 
@@ -143,7 +143,7 @@ def test_summary_is_short_and_fits(name: str, width: int) -> None:
 def test_summary_of_a_backdoor() -> None:
     text = summary(samples.backdoored(), 100)
     for part in (
-        "Backdoored: label 5 (dog)",
+        "Was backdoored: label 5 (dog); cleaned with unlearn",
         "9.4 px of 1,024 (0.9 %)",
         "5 of 5 agree",
         "3.85 (decides nothing)",
@@ -153,7 +153,7 @@ def test_summary_of_a_backdoor() -> None:
         "1 min 17 s",
     ):
         assert part in text
-    assert summary(samples.backdoored(), 100, color=True).startswith("\x1b[1;31mBackdoored")
+    assert summary(samples.backdoored(), 100, color=True).startswith("\x1b[1;36mWas backdoored")
 
 
 def test_summary_of_other_verdicts() -> None:
@@ -177,3 +177,34 @@ def test_many_warnings_are_counted() -> None:
 
 def test_own_summary_of_the_run_is_preferred() -> None:
     assert wording.sentence(replace(samples.clean(), summary="All is well. ")) == "All is well."
+
+
+def test_outcome_of_a_cleaning_is_said_first():
+    report = samples.backdoored()
+    assert wording.title(replace(report, cleaning=None)).word == "Backdoored: label 5 (dog)"
+    assert wording.title(report).kind == "cleaned"
+    failed = replace(report, cleaning=replace(report.cleaning, asr_after=0.97))
+    assert wording.title(failed) == wording.Title("backdoored", "Still backdoored: label 5 (dog)")
+    care = replace(report.cleaning.aftercare, rescan_verdict="backdoored", rescan_target=5, reactivation=0)
+    again = replace(report, cleaning=replace(report.cleaning, aftercare=care))
+    assert wording.title(again).word.startswith("Still backdoored")
+    rows = dict(cleaned.aftercare(again, care))
+    assert rows["backdoor back"] == "it is still there"
+    assert rows["scanned again"] == "backdoored, label 5 (dog)"
+    assert "clean accuracy went from" in wording.sentence(report)
+
+
+def test_what_auto_kept_is_said_plainly():
+    report = samples.backdoored()
+
+    def told(**notes: object) -> dict[str, str]:
+        return dict(cleaned.trials(replace(report, cleaning=replace(report.cleaning, notes=notes))))
+
+    tried = [{"method": "none", "response": 0.98}, {"method": "clp", "response": 0.13}]
+    assert told(kept="clp", tried=tried, skipped=[]) == {
+        "kept": "clp",
+        "response": "98.0 % -> 13.0 %, mean over triggers of all labels",
+    }
+    assert told(kept="none", tried=tried, skipped=[])["kept"] == "the model as it was: nothing was better"
+    assert "NOT cleaned: clp: no time" in told(kept="none", tried=tried[:1], skipped=["clp: no time left"])["kept"]
+    assert told() == {}

@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from bezoar.core.errors import DataError, SettingError
 from bezoar.core.fields import fields_from
 from bezoar.core.method import Method, Purifier
 from bezoar.core.registry import find
+from bezoar.evaluation.implant import RECORD
+from bezoar.io.arch import resolve
 from bezoar.ops.recipe import Recipe
 
 CLEAN = "none"  #: As an attack: a net without a backdoor, to measure what a purifier costs.
@@ -23,7 +25,7 @@ CLEAN = "none"  #: As an attack: a net without a backdoor, to measure what a pur
 _KNOWN = {
     "": {"grid", "recipe", "scan", "victim", "purifier"},
     "grid": {"data", "test", "archs", "images", "seeds", "train_images", "size", "channels"},
-    "scan": {"seeds", "budget", "additive"},
+    "scan": {"seeds", "budget", "additive"},  # as in ScanSettings
     "victim": {"attack", "settings", "name", "archs", "seed", "folder", "recipe"},
     "purifier": {"method", "settings", "name", "oracle"},
 }
@@ -113,10 +115,18 @@ class Grid:
                     for purifier in self.purifiers:
                         yield Cell(victim, purifier, images, seed)
 
-    def key(self, cell: Cell, versions: Mapping[str, str]) -> str:
-        """Hash over all that decides a cell's outcome; names do not."""
-        parts = [
-            [self.data, self.test, self.train_images, self.size, self.channels],
+    def key(self, cell: Cell, versions: Mapping[str, str], data: Sequence[str] = ()) -> str:
+        """Hash over all that decides a cell's outcome; names do not.
+
+        Args:
+            cell: Which.
+            versions: Of the software.
+            data: Hashes of the training and test images.
+        """
+        record = Path(cell.victim.folder) / RECORD
+        parts: list[Any] = [
+            list(data) or [self.data, self.test, self.train_images, self.size, self.channels],
+            hashlib.sha256(record.read_bytes()).hexdigest() if cell.victim.folder else "",
             dataclasses.asdict(dataclasses.replace(cell.victim, name="")),
             type(cell.purifier.purifier).__name__,
             cell.purifier.purifier.config(),
@@ -150,13 +160,15 @@ def read_grid(path: Path) -> Grid:
     if not isinstance(head.get("data"), str):
         raise SettingError("[grid] needs data", 'Such as data = "fashion-mnist"')
     _recipe(raw.get("recipe", {}), "[recipe]")
+    scan_pairs = tuple(f"{k}={_text(v)}" for k, v in _table(raw, "scan").items())
+    scan = fields_from(ScanSettings, "[scan]", "[scan]", scan_pairs)
     grid = Grid(
         data=head["data"],
         test=_as("[grid] test", head.get("test"), str),
         train_images=_as("[grid] train_images", head.get("train_images"), int),
         size=_as("[grid] size", head.get("size"), int),
         channels=_as("[grid] channels", head.get("channels"), int),
-        scan=_table(raw, "scan"),
+        scan=dataclasses.asdict(ScanSettings(**scan)),
         victims=tuple(_victims(raw, head, path.parent)),
         purifiers=tuple(_purifier(one) for one in _tables(raw, "purifier")),
         images=_integers(head, "images", (500,), 2),
@@ -172,12 +184,15 @@ def read_grid(path: Path) -> Grid:
 def _victims(raw: dict[str, Any], head: dict[str, Any], base: Path) -> Iterator[VictimSpec]:
     shared = _texts(head, "archs")
     for one in _tables(raw, "victim"):
-        recipe = tuple(sorted({**raw.get("recipe", {}), **one.get("recipe", {})}.items()))
+        given = _recipe({**raw.get("recipe", {}), **one.get("recipe", {})}, "[[victim]] recipe")
+        recipe = tuple(sorted(given.items()))
         seed = _as("[[victim]] seed", one.get("seed", 0), int)
         assert seed is not None
         if "folder" in one:
             folder = base / one["folder"]
             name = one.get("name", Path(one["folder"]).name)
+            if not (folder / RECORD).is_file():
+                raise DataError(f"{folder} holds no victim", "Give a folder of bezoar attack --out")
             yield VictimSpec(
                 name=name, attack="", settings=(), arch="", seed=seed, recipe=(), folder=str(folder.resolve())
             )
@@ -187,11 +202,11 @@ def _victims(raw: dict[str, Any], head: dict[str, Any], base: Path) -> Iterator[
         if attack != CLEAN:
             kind = find("attacks", attack)
             kind(**fields_from(kind, attack, "[[victim]] settings", settings))
-        _recipe(dict(recipe), "[[victim]] recipe")
         archs = _texts(one, "archs") or shared
         if not archs:
             raise SettingError(f"the victim {attack!r} has no architecture", 'Give archs = ["wrn-16-1"] in [grid]')
         for arch in archs:
+            resolve(arch)
             label = one.get("name") or "-".join([attack, *(s.replace("=", "-").replace("/", "-") for s in settings)])
             name = f"{label}_{arch.replace('/', '-')}_{seed}"
             yield VictimSpec(name=name, attack=attack, settings=settings, arch=arch, seed=seed, recipe=recipe)
@@ -206,16 +221,16 @@ def _purifier(one: dict[str, Any]) -> PurifierSpec:
     oracle = None
     if "oracle" in one:
         (field, values), *more = one["oracle"].items() if isinstance(one["oracle"], dict) else [("", ())]
-        fields = {f.name for f in dataclasses.fields(made)}
-        if more or field not in fields or not isinstance(values, list) or not values:
+        if more or not isinstance(values, list) or not values:
             raise SettingError(
                 "oracle names one setting and the values to try", "Such as oracle = {threshold = [0.1, 0.2]}"
             )
-        oracle = (field, tuple(values))
-        for value in values:
-            dataclasses.replace(made, **{field: value})
-    usual = " ".join([method, *settings]) + (f" (oracle over {oracle[0]})" if oracle else "")
-    return PurifierSpec(name=one.get("name", usual), purifier=made, oracle=oracle)
+        tried = [fields_from(kind, method, "[[purifier]] oracle", (f"{field}={_text(value)}",)) for value in values]
+        oracle = (field, tuple(found[field] for found in tried))
+        for found in tried:
+            dataclasses.replace(made, **found)
+    name = one.get("name") or " ".join([method, *settings])
+    return PurifierSpec(name=f"(oracle) {name}" if oracle else name, purifier=made, oracle=oracle)
 
 
 def _settings(one: dict[str, Any]) -> tuple[str, ...]:
@@ -231,12 +246,33 @@ def _text(value: Any) -> str:
     return ",".join(map(_text, value)) if isinstance(value, list) else str(value)
 
 
-def _recipe(given: dict[str, Any], where: str) -> None:
-    _known(where, given, {f.name for f in dataclasses.fields(Recipe)})
+def _recipe(given: dict[str, Any], where: str) -> dict[str, Any]:
+    """Fields of a recipe, of their types."""
+    made: dict[str, Any] = fields_from(Recipe, where, where, tuple(f"{k}={_text(v)}" for k, v in given.items()))
     try:
-        Recipe(**given)
-    except (TypeError, ValueError) as error:
+        Recipe(**made)
+    except ValueError as error:
         raise SettingError(f"{where}: {error}", "See bezoar attack --help") from None
+    return made
+
+
+@dataclass(frozen=True)
+class ScanSettings:
+    """The scan that purifiers with a trigger need.
+
+    Attributes:
+        seeds: Seeds, at least 1.
+        budget: Seconds allowed; None for no limit.
+        additive: Also search for faint changes of the whole image.
+    """
+
+    seeds: int = 3
+    budget: float | None = None
+    additive: bool = True
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1 or (self.budget is not None and self.budget <= 0):
+            raise SettingError("[scan] needs seeds of at least 1, and a budget above 0 seconds")
 
 
 def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from bezoar.core.cell import CellResult
 from bezoar.core.errors import SettingError
 from bezoar.core.results import write_atomic
 from bezoar.core.run import Progress, Report, Run
+from bezoar.evaluation.splits import Splits
 from bezoar.report.board import render_board
 from bezoar.session import device_named
 
@@ -60,10 +61,12 @@ def run_grid(
         SettingError: There is no cell of this key.
         BezoarError: The data cannot be read.
     """
-    cells = {grid.key(cell, versions): cell for cell in grid.cells()}
+    splits = splits_of(grid)
+    hashes = (splits.train_facts.sha256, splits.test_facts.sha256)
+    cells = {grid.key(cell, versions, hashes): cell for cell in grid.cells()}
     if only and only not in cells:
         raise SettingError(f"no cell {only!r} in this grid", "Keys stand in the leaderboard and in cells/")
-    work = _Work(grid, cells, Store(folder), dict(versions), device, threads, report)
+    work = _Work(grid, splits, cells, Store(folder), dict(versions), device, threads, report)
     work.run({only: cells[only]} if only else cells, repeat=bool(only), again=again)
     return work.outcome()
 
@@ -71,6 +74,7 @@ def run_grid(
 @dataclass
 class _Work:
     grid: Grid
+    splits: Splits
     cells: dict[str, Cell]
     store: Store
     versions: dict[str, str]
@@ -80,7 +84,8 @@ class _Work:
     last: float = 0.0
 
     def run(self, cells: dict[str, Cell], *, repeat: bool, again: bool) -> None:
-        bench: Bench | None = None
+        scans = self.store.folder / "scans"
+        bench = Bench(self.grid, self.splits, scans, self.device, self.threads, self.versions)
         ready: tuple[str, Ready | Exception] = ("", KeyError())
         for number, (key, cell) in enumerate(cells.items()):
             if self.report is not None:
@@ -91,14 +96,6 @@ class _Work:
             with self.store.claim(key) as mine:
                 if not mine or self._done(key, repeat, again):
                     continue  # another process is at it, or was quicker
-                bench = bench or Bench(
-                    self.grid,
-                    splits_of(self.grid),
-                    self.store.folder / "scans",
-                    self.device,
-                    self.threads,
-                    self.versions,
-                )
                 if ready[0] != cell.victim.name:
                     ready = (cell.victim.name, self._victim(bench, cell))
                 found = ready[1]

@@ -12,6 +12,8 @@ from cyclopts import Parameter
 from bezoar.cli import _output
 from bezoar.core.errors import SettingError
 
+WEAK = 0.8  #: ASR below which a victim proves little about a defence.
+
 
 def bench(
     grid: Path,
@@ -80,7 +82,7 @@ def bench(
     command += ["--device", device, "--threads", str(threads), *(["--again"] if again else [])]
     others = [subprocess.Popen(command) for _ in range(0 if cell else jobs - 1)]
     try:
-        with _output.progress(quiet) as told:
+        with _output.progress(quiet) as report:
             outcome = run_grid(
                 read,
                 out,
@@ -89,7 +91,7 @@ def bench(
                 again=again,
                 device=device,
                 threads=threads,
-                report=told,
+                report=report,
             )
         for other in others:
             other.wait()
@@ -97,9 +99,15 @@ def bench(
         for other in others:
             other.terminate()
     if not quiet:
-        print(f"{len(outcome.results)} cells measured, {outcome.missing} missing, {outcome.count('failed')} failed")
+        counts = ", ".join(f"{outcome.count(status)} {status}" for status in ("done", "refused", "failed"))
+        print(f"{len(outcome.results)} cells: {counts}; {outcome.missing} missing")
+        told: set[str] = set()
         for one in outcome.results:
-            if one.status == "failed":
-                print(f"  {one.key}: {one.purifier} on {one.victim}: {one.error}")
+            if one.status != "done" and one.error not in told:
+                told.add(one.error)
+                print(f"  {one.status}: {one.purifier} on {one.victim} ({one.key}): {one.error}")
+        weak = sorted({o.victim for o in outcome.results if o.asr_before is not None and o.asr_before < WEAK})
+        if weak:
+            print(f"  weak: the backdoor works on under {WEAK:.0%} of the images in {', '.join(weak)}: no ground truth")
         print(outcome.page)
     return 1 if outcome.count("failed") else 0

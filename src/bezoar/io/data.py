@@ -143,7 +143,7 @@ def load_data(
     classes = _check_labels(opened, num_classes)
     index = choose(opened.labels, limit, seed)
     if len(index) < least * classes:
-        what = "with this --limit" if len(index) < len(opened.labels) else "in the data"
+        what = f"chosen of {len(opened.labels)}" if len(index) < len(opened.labels) else "in the data"
         message = f"{len(index)} images {what} are too few for {classes} classes"
         raise DataError(message, f"Give at least {least * classes}, better {max(500, 10 * classes)}")
     x = Assembly(len(index), wanted).tensor(opened.pictures(index))

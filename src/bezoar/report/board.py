@@ -134,10 +134,10 @@ def render_board(results: Sequence[CellResult], missing: int = 0) -> str:
 
 def _points(table: Sequence[Line], images: int) -> list[tuple[str, float, float]]:
     """Name, ACC loss and ASR of each purifier, in points; an accuracy gained counts as none lost."""
-    return [
+    return [  # what refused everything did nothing that could be plotted
         (line.purifier, max(0.0, 100 * line.acc_loss), 100 * line.asr)
         for line in table
-        if line.images == images and line.acc_loss is not None and line.asr is not None
+        if line.images == images and line.acc_loss is not None and line.asr is not None and line.refused < line.cells
     ]
 
 
@@ -152,7 +152,8 @@ def _matrix(results: Sequence[CellResult], victims: Sequence[str], images: int) 
         cells = []
         for purifier in purifiers:
             found = [one for one in sound if one.purifier == purifier]
-            cells.append((_mean(one.asr_after for one in found), _mean(one.acc_after for one in found)))
+            refused = bool(found) and all(one.status == "refused" for one in found)
+            cells.append((_mean(one.asr_after for one in found), _mean(one.acc_after for one in found), refused))
         before = (_mean(one.asr_before for one in sound), _mean(one.acc_before for one in sound))
         rows.append((victim, before, cells))
     return {"images": images, "purifiers": purifiers, "rows": rows}

@@ -17,7 +17,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from bezoar.core.results import LabelEvidence, Report, Search, SeedResult, TriggerFacts
-from bezoar.report import svg, wording
+from bezoar.report import cleaned, svg, wording
 
 WIDE, NARROW = 720, 320  # Chart widths: screens and paper, phones.
 MAX_TABLE = 2000
@@ -125,7 +125,7 @@ def _notes(report: Report) -> dict[str, Any]:
     whole = all(isinstance(one, dict) and {"method", "acc", "response", "seconds"} <= one.keys() for one in trials)
     rest = {k: v for k, v in notes.items() if k not in ("tried", "kept") and v not in ([], "", None)}
     done = report.cleaning
-    care = [] if done is None or done.aftercare is None else wording.aftercare(report, done.aftercare)
+    care = [] if done is None or done.aftercare is None else cleaned.aftercare(report, done.aftercare)
     return {
         "care": [(name.capitalize(), text) for name, text in care],
         "trials": trials if whole else [],

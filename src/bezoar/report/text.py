@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from bezoar.core.results import LabelEvidence, Report, Search
-from bezoar.report import wording
+from bezoar.report import cleaned, wording
 from bezoar.report.wording import percent, pixels, printable
 
 MAX_LINES = 25
@@ -77,9 +77,7 @@ def _run_rows(report: Report) -> list[tuple[str, str]]:
     rows = [("Accuracy (ACC)", f"{percent(check.acc)} on {check.count:,} images (guessing: {percent(check.chance)})")]
     if done is not None:
         rows.append(("Cleaned with", done.method))
-        kept = done.notes.get("kept")
-        if isinstance(kept, str):
-            rows.append(("  kept", "the model as it was: nothing was better" if kept == "none" else kept))
+        rows += [(f"  {name}", text) for name, text in cleaned.trials(report)]
         rows.append(("  ACC", f"{percent(done.acc_before)} -> {percent(done.acc_after)}"))
         if done.asr_before is not None:
             rows.append((f"  ASR, label {done.target}", f"{percent(done.asr_before)} -> {percent(done.asr_after)}"))
@@ -98,7 +96,7 @@ def _run_rows(report: Report) -> list[tuple[str, str]]:
 
 def _aftercare_rows(report: Report) -> list[tuple[str, str]]:
     care = None if report.cleaning is None else report.cleaning.aftercare
-    return [] if care is None else [(f"  {name}", text) for name, text in wording.aftercare(report, care)]
+    return [] if care is None else [(f"  {name}", text) for name, text in cleaned.aftercare(report, care)]
 
 
 def _row(name: str, text: str, width: int, whole: bool = False) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from bezoar.core.results import Aftercare, Figure, LabelEvidence, Report, Search
+from bezoar.core.results import Figure, LabelEvidence, Report, Search
 
 MISSING = "n/a"
 # Invisible characters that can reorder or hide text, or drive a terminal.
@@ -144,7 +144,12 @@ def title(report: Report) -> Title:
     """The heading of the report."""
     if report.verdict == "backdoored":
         where = f": label {label_text(report, report.target)}" if report.target is not None else ""
-        return Title("backdoored", f"Backdoored{where}")
+        done = report.cleaning
+        if done is None:
+            return Title("backdoored", f"Backdoored{where}")
+        if still_backdoored(report):
+            return Title("backdoored", f"Still backdoored{where}")
+        return Title("cleaned", f"Was backdoored{where}; cleaned with {done.method}")
     if report.verdict == "clean":
         return Title("clean", "Clean: no trigger stands out")
     if report.verdict == "inconclusive":
@@ -153,8 +158,22 @@ def title(report: Report) -> Title:
 
 
 def sentence(report: Report) -> str:
-    """The verdict in one sentence: the run's own, or one made from its figures."""
-    return report.summary.strip() or _sentence(report)
+    """The verdict in one sentence: the run's own, or one made from its figures; of a cleaned model, the outcome too."""
+    text = report.summary.strip() or _sentence(report)
+    return text if report.cleaning is None or report.verdict is None else f"{text} {_cleaning_sentence(report)}"
+
+
+#: Success of the inverted trigger above which a cleaned model still has its backdoor.
+STILL = 0.5
+
+
+def still_backdoored(report: Report) -> bool:
+    """Whether the trigger that was inverted before still works after the cleaning, or a second scan still finds one."""
+    done = report.cleaning
+    if done is None:
+        return False
+    again = done.aftercare is not None and done.aftercare.rescan_verdict == "backdoored"
+    return again or (done.asr_after is not None and done.asr_after > STILL)
 
 
 def _sentence(report: Report) -> str:
@@ -180,26 +199,13 @@ def _cleaning_sentence(report: Report) -> str:
     done = report.cleaning
     if done is None:
         return "The run ended without a verdict."
-    text = f"{done.method} ran; clean accuracy went from {percent(done.acc_before)} to {percent(done.acc_after)}"
+    kept = done.notes.get("kept") == "none"
+    text = f"{done.method} {'changed nothing' if kept else 'ran'}; clean accuracy went from "
+    text += f"{percent(done.acc_before)} to {percent(done.acc_after)}"
     if done.asr_before is None:
-        return f"{text}. The model was not scanned, so nothing is said about a backdoor."
+        unknown = "" if report.verdict else " The model was not scanned, so nothing is said about a backdoor."
+        return f"{text}.{unknown}"
     return f"{text}, success of the inverted trigger from {percent(done.asr_before)} to {percent(done.asr_after)}."
-
-
-def aftercare(report: Report, care: Aftercare) -> list[tuple[str, str]]:
-    """What is known of the cleaned model beside its rates, as names and texts."""
-    rows = [("same answers", f"on {percent(care.fidelity)} of the clean images")]
-    done = report.cleaning
-    if done is not None and done.target is not None:
-        back, other = (
-            f"not within {care.reactivation_limit}" if steps is None else f"after {steps}"
-            for steps in (care.reactivation, care.reactivation_other)
-        )
-        rows.append(("backdoor back", f"{back} training steps with its trigger ({other} for a label it never led to)"))
-    if care.rescan_verdict is not None:
-        target = "" if care.rescan_target is None else f", label {label_text(report, care.rescan_target)}"
-        rows.append(("scanned again", f"{care.rescan_verdict}{target}"))
-    return rows
 
 
 def has_size(evidence: LabelEvidence) -> bool:
