@@ -37,7 +37,7 @@ def batch(clean: Clean, count: int = 24) -> Batch:
 
 def objective(clean: Clean, **settings) -> _Forgetting:
     made = _Forgetting(RepeatedUnlearning(**settings), suspect(), clean, Run())
-    made.triggers = [trigger()]
+    made.triggers, made.weights = [trigger()], [1.0]
     return made
 
 
@@ -76,13 +76,23 @@ def test_triggers_of_all_labels_are_inverted_from_the_model_as_it_is(clean, mask
     seen = []
     for epoch in range(6):
         made.epoch(model, epoch, 6)
-        seen.append(made.triggers)
+        seen.append(list(made.triggers))
         with torch.no_grad():
             model[-1].bias.add_(torch.arange(LABELS))
     assert made.inversions == 2
-    assert [len(triggers) for triggers in seen] == [kinds * LABELS] * 6
-    assert seen[0] is seen[2]
-    assert seen[2] is not seen[3]
+    assert [len(triggers) for triggers in seen] == [kinds * LABELS] * 3 + [2 * kinds * LABELS] * 3
+    assert len(made.weights) == len(made.triggers)
+    old, new = seen[3][: kinds * LABELS], seen[3][kinds * LABELS :]
+    assert all(one is other for one, other in zip(old, seen[0], strict=True)), "what was found is not forgotten"
+    assert any(one.size != other.size for one, other in zip(old, new, strict=True))
+
+
+def test_small_triggers_are_shown_more_often(clean):
+    made = _Forgetting(RepeatedUnlearning(mask_steps=4, additive_steps=0, focus=2.0), suspect(), clean, Run())
+    made.epoch(suspect(), 0, 4)
+    sizes = torch.tensor([one.size for one in made.triggers])
+    usual = float(sorted(sizes.tolist())[2] + sorted(sizes.tolist())[3]) / 2
+    torch.testing.assert_close(torch.tensor(made.weights), (usual / sizes) ** 2)
 
 
 def test_model_is_left_in_train_mode_by_the_search(clean):
@@ -104,7 +114,15 @@ def test_few_images(clean, count):
 @pytest.mark.parametrize(
     "settings",
     [
-        *({"share": 0.0}, {"share": 1.1}, {"every": 0}, {"mask_steps": -1}, {"distill": -1.0}, {"epochs": 0}),
+        *(
+            {"share": 0.0},
+            {"share": 1.1},
+            {"every": 0},
+            {"mask_steps": -1},
+            {"distill": -1.0},
+            {"focus": -1.0},
+            {"epochs": 0},
+        ),
         {"mask_steps": 0, "additive_steps": 0},
     ],
 )
