@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from statistics import mean
 from typing import Any
 
@@ -16,6 +13,7 @@ from markupsafe import Markup
 
 from bezoar.core.cell import CellResult
 from bezoar.report import svg, wording
+from bezoar.report._page import hashed, part
 
 MAX_CELLS = 5000
 
@@ -102,7 +100,7 @@ def render_board(results: Sequence[CellResult], missing: int = 0) -> str:
         results: All cells that are there.
         missing: Cells of the grid that are not.
     """
-    style, script = _text("report.css") + _text("board.css"), _text("report.js")
+    style, script = part("report.css") + part("board.css"), part("report.js")
     table = lines(results)
     victims = sorted({one.victim for one in results})
     budgets = sorted({one.images for one in results}, reverse=True)
@@ -112,8 +110,8 @@ def render_board(results: Sequence[CellResult], missing: int = 0) -> str:
         .render(
             style=Markup(style),
             script=Markup(script),
-            style_hash=_hash(style),
-            script_hash=_hash(script),
+            style_hash=hashed(style),
+            script_hash=hashed(script),
             lines=table,
             results=results[:MAX_CELLS],
             hidden=max(0, len(results) - MAX_CELLS),
@@ -167,7 +165,7 @@ def _environment() -> Environment:
         finalize=lambda v: wording.printable(v) if isinstance(v, str) and not isinstance(v, Markup) else v,
         trim_blocks=True,
         lstrip_blocks=True,
-        loader=DictLoader({"board": _text("board.html.j2")}),
+        loader=DictLoader({"board": part("board.html.j2")}),
     )
     environment.filters["points"] = _points_text
     return environment
@@ -175,12 +173,3 @@ def _environment() -> Environment:
 
 def _points_text(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
-
-
-@cache
-def _text(name: str) -> str:
-    return resources.files("bezoar.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import hashlib
 import json
 import math
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib import resources
 from typing import Any
 
 from jinja2 import DictLoader, Environment, StrictUndefined
@@ -18,6 +16,7 @@ from markupsafe import Markup
 
 from bezoar.core.results import LabelEvidence, Report, Search, SeedResult, TriggerFacts
 from bezoar.report import cleaned, svg, wording
+from bezoar.report._page import hashed, part
 
 WIDE, NARROW = 720, 320  # Chart widths: screens and paper, phones.
 MAX_TABLE = 2000
@@ -43,7 +42,7 @@ def _environment() -> Environment:
         finalize=_finalize,
         trim_blocks=True,
         lstrip_blocks=True,
-        loader=DictLoader({"report": _text("report.html.j2")}),
+        loader=DictLoader({"report": part("report.html.j2")}),
     )
     helpers: tuple[Callable[..., Any], ...] = (
         wording.number,
@@ -66,11 +65,6 @@ def _environment() -> Environment:
     return environment
 
 
-@cache
-def _text(name: str) -> str:
-    return resources.files("bezoar.report").joinpath(name).read_text(encoding="utf-8")
-
-
 def _finalize(value: Any) -> Any:
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
@@ -78,15 +72,15 @@ def _finalize(value: Any) -> Any:
 
 
 def _context(report: Report) -> dict[str, Any]:
-    style, script = _text("report.css"), _text("report.js")
+    style, script = part("report.css"), part("report.js")
     suspect = wording.suspect(report)
     triggers = _triggers(report, suspect)
     return {
         "report": report,
         "style": Markup(style),
         "script": Markup(script),
-        "style_hash": _hash(style),
-        "script_hash": _hash(script),
+        "style_hash": hashed(style),
+        "script_hash": hashed(script),
         "title": wording.title(report),
         "sentence": re.sub(r"(?<=\d) (?=(%|px)(\W|$))", "\N{NO-BREAK SPACE}", wording.sentence(report)),
         "suspect": suspect,
@@ -138,10 +132,6 @@ def _plainly(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_plainly, value))
     return wording.number(value) if isinstance(value, float) else str(value)
-
-
-def _hash(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _triggers(report: Report, suspect: LabelEvidence | None) -> dict[str, Any]:
