@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Bench:
     threads: int
     versions: Mapping[str, str]
     report: Report | None = None
+    known: dict[Path, Measures] = field(default_factory=dict)  # of victims as they were, by their file
 
     def defenders_images(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
         """Clean images of the defender: test images, as many of each class, that nothing is measured on."""
@@ -59,12 +60,17 @@ class Bench:
         _, rows = stratified(test.y, _MEASURED, 0)
         return measure(model, test.x[rows], test.y[rows], ready.truth, num_classes=test.num_classes)
 
+    def before(self, ready: Ready) -> Measures:
+        """The measures of a victim as it was, taken once."""
+        if ready.model not in self.known:
+            self.known[ready.model] = self.measured(load_model(ready.model, **self._model(ready)).module, ready)
+        return self.known[ready.model]
+
     def run(self, cell: Cell, key: str, ready: Ready) -> CellResult:
         """Measure one cell; what a method refuses or breaks on is a result as well."""
         spec, facts = cell.purifier, self._facts(cell, key, ready)
         images = self.defenders_images(cell.images, cell.seed)
-        module = load_model(ready.model, **self._model(ready)).module
-        before = self.measured(module, ready)
+        before = self.before(ready)
         figures = _figures(before, before)
         found = None
         try:

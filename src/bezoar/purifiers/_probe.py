@@ -12,7 +12,6 @@ from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import InvertedTrigger
-from bezoar.ops.invert import Inversion
 from bezoar.scanners._together import Together
 from bezoar.scanners.additive_inversion import AdditiveInversion
 from bezoar.scanners.neural_cleanse import NeuralCleanse
@@ -37,17 +36,7 @@ def inverted(
         steps: Steps of the search.
         seed: Of its start and the order of the images.
     """
-    inversion = Inversion(
-        model,
-        clean.x,
-        clean.y,
-        labels,
-        space=search.space(clean.shape),
-        controller=search.controller(clean),
-        settings=search.settings(clean),
-        seed=seed,
-        run=run,
-    )
+    inversion = search.inversion(model, clean, run, seed, labels)
     for _ in range(steps):
         inversion.step()
     return [(label, inversion.trigger(row)) for row, label in enumerate(inversion.labels)]

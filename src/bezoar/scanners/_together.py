@@ -132,7 +132,7 @@ class Together(Scanner):
     def look(self, model: nn.Module, clean: Clean, run: Run, seed: int, wanted: Wanted) -> SeedScan:
         """One seed; ``wanted`` are the labels to look at and those of them that median and MAD are taken from."""
         labels, reference = wanted
-        search = self._search(model, clean, run, seed, labels)
+        search = self.inversion(model, clean, run, seed, labels)
         dropped: dict[int, LabelScan] = {}
         saved = run.progress.load(seed)
         if saved is not None:
@@ -157,7 +157,8 @@ class Together(Scanner):
             dropped[label] = self._label(search, row, "complete", label in reference)
         return SeedScan(seed, held_out(model, clean, run, dropped), finished, search.steps / self.steps)
 
-    def _search(self, model: nn.Module, clean: Clean, run: Run, seed: int, labels: list[int]) -> Inversion:
+    def inversion(self, model: nn.Module, clean: Clean, run: Run, seed: int, labels: list[int]) -> Inversion:
+        """The running search for some labels, before its first step; ``model`` is frozen and in eval mode."""
         return Inversion(
             model,
             clean.x,
