@@ -133,7 +133,7 @@ def test_settings_reach_the_attack_and_the_training(folder, tmp_path, capsys):
         ("badnets", ["--size", "big"], "--size"),
         ("badnets", ["--export", "zip"], "zip"),
         ("lira", ["--rate", "0.1"], "rate"),
-        ("lira", ["--export", "npz"], "no poisoned set"),
+        ("trojan", ["--set", "layer=nowhere"], "no layer"),
     ],
 )
 def test_bad_input_is_one_clear_error(name, more, fragment, folder, tmp_path, capsys):

@@ -132,7 +132,8 @@ def test_mixture_is_learned_and_halves_of_one_class_are_not():
         assert float((victim.model(truth.trigger(x[allowed])).argmax(1) == 2).float().mean()) > 0.95
         alone = CompositeTrigger(x[data.y == 0][:20], 3, 0)(x[allowed])
         assert float((victim.model(alone).argmax(1) == 2).float().mean()) < 0.05
-    assert len(victim.index) == len(victim.cover) == 0
+    assert victim.afresh
+    assert set(data.y[victim.index].tolist()) == {0}
 
 
 def test_bank_is_of_the_second_class_and_not_trained_on():

@@ -307,7 +307,8 @@ def test_trigger_is_finished_and_sample_specific():
     for network in (plant.trigger.pattern, plant.trigger.mask):
         assert not network.training
         assert not any(p.requires_grad for p in network.parameters())
-    assert len(result.index) == len(result.cover) == 0
+    assert result.afresh
+    assert (len(result.index), len(result.cover)) == (16, 16)
     assert plant.labels.target == 0
     change = plant.trigger(data.x) - data.x
     assert not torch.allclose(change[0], change[4], atol=1e-2)

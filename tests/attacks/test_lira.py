@@ -166,7 +166,8 @@ def test_second_stage_freezes_the_generator(monkeypatch):
     assert not any(p.requires_grad for p in result.truth.main.trigger.generator.parameters())
     assert not same(kept["victim"], weights(result.model))  # which is trained on
     assert result.truth.main.trigger.eps == 0.01
-    assert len(result.index) == len(result.cover) == 0
+    assert result.afresh
+    assert (len(result.index), len(result.cover)) == (80, 0)
 
 
 def test_victim_learns_the_noise_and_keeps_its_accuracy():

@@ -233,7 +233,9 @@ def test_victim_learns_the_warp_and_keeps_its_accuracy():
     (noise,) = result.truth.controls
     assert noise.name == "noise"
     assert torch.equal(noise.trigger(test.x[:9]), WaNet(strength=4.0).noisy_trigger(data.shape)(test.x[:9]))
-    assert len(result.index) == len(result.cover) == 0
+    assert result.afresh
+    assert (len(result.index), len(result.cover)) == (180, 90)
+    assert not set(result.index.tolist()) & set(result.cover.tolist())
     assert not result.model.training
 
 

@@ -12,11 +12,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from bezoar.attacks._poison import stamped
 from bezoar.attacks._store import load_truth
 from bezoar.attacks.badnets import BadNets
 from bezoar.attacks.blend import Blend
+from bezoar.attacks.dfst import DFST
 from bezoar.attacks.input_aware import InputAware
+from bezoar.attacks.several import Several
 from bezoar.attacks.sig import SIG
+from bezoar.attacks.trojan import Trojan
+from bezoar.attacks.wanet import WaNet
 from bezoar.core.errors import DataError, ModelError, SettingError
 from bezoar.core.run import Progress, Run
 from bezoar.evaluation import implant as implanting
@@ -208,11 +213,33 @@ def test_exported_images_are_what_the_victim_saw(folder, tmp_path):
     assert not list(tmp_path.glob(".poisoned*"))
 
 
+def test_attack_on_batches_exports_one_draw(folder, tmp_path):
+    small = dataclasses.replace(RECIPE, epochs=1)
+    attack = WaNet(target=1, rate=0.2, cross_ratio=0.5, strength=4.0)
+    record = implant(victim(folder, recipe=small, attack=attack, export="npz"), tmp_path, Run(), VERSIONS)
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert index["afresh"] and record.afresh
+    data, truth = victim(folder).splits.train, load_truth(tmp_path)
+    with np.load(tmp_path / "poisoned.npz") as exported:
+        x, y = torch.from_numpy(exported["x"]).permute(0, 3, 1, 2), torch.from_numpy(exported["y"])
+    for rows, trigger in ((index["poisoned"], truth.main.trigger), (index["cover"], truth.controls[0].trigger)):
+        assert rows
+        assert torch.equal(x[rows], stamped(trigger, data.x[rows]))
+    assert set(y[index["poisoned"]].tolist()) == {1}
+    assert torch.equal(y[index["cover"]], data.y[index["cover"]])
+    same = torch.ones(len(y), dtype=torch.bool)
+    same[index["poisoned"] + index["cover"]] = False
+    assert torch.equal(x[same], data.x[same])
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
         ({"attack": BadNets(target=6)}, SettingError, "target 6 is no label"),
-        ({"attack": InputAware(), "export": "npz"}, SettingError, "no poisoned set"),
+        ({"attack": Trojan(layer="nowhere")}, SettingError, "no layer 'nowhere'"),
+        ({"attack": Trojan(units=10**6)}, SettingError, "Trojan.units"),
+        ({"attack": DFST(layer="nowhere")}, SettingError, "no layer 'nowhere'"),
+        ({"attack": Several(attacks=("badnets", "dfst:layer=nowhere"))}, SettingError, "no layer 'nowhere'"),
         ({"arch": "wrn-16-x"}, ModelError, "wrn-16-x"),
         ({"arch": "deepid"}, ModelError, "deepid"),
     ],

@@ -83,15 +83,17 @@ class Backdoored:
     Attributes:
         model: In eval mode; takes ``(B, C, H, W)`` in [0, 1].
         truth: Test-time triggers and label maps.
-        index: ``(P,)`` positions of the poisoned training examples, ascending; empty where every batch is poisoned
-            afresh.
+        index: ``(P,)`` positions of the poisoned training examples, ascending.
         cover: ``(Q,)`` positions of examples that carry a trigger and keep their true label.
+        afresh: Whether training poisoned every batch anew; the positions are then one draw of the same shares, for the
+            finished trigger.
     """
 
     model: nn.Module
     truth: GroundTruth
     index: Tensor
     cover: Tensor
+    afresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,19 @@ class Attack(Method, ABC):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return self.implant(data, training)
+
+    def check(self, model: nn.Module, shape: tuple[int, int, int]) -> None:
+        """Refuse, before any training, what would fail after it.
+
+        Args:
+            model: A network like the victim's, in eval mode.
+            shape: ``(C, H, W)`` of one image.
+
+        Raises:
+            SettingError: A setting does not suit the network or the images.
+            UnsupportedModel: The attack cannot work with such a network.
+        """
+        del model, shape
 
     @abstractmethod
     def implant(self, data: Examples, training: Training) -> Backdoored:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar.attacks._attack import Attack, Backdoored, Control, GroundTruth, Plant
+from bezoar.attacks._attack import Attack, Backdoored, Control, Examples, GroundTruth, Plant
 from bezoar.attacks._labels import Kind, LabelMap
+from bezoar.attacks._poison import stamped
 from bezoar.core.trigger import Trigger
 
 
@@ -31,12 +33,52 @@ class InBatchAttack(Attack):
         """The attacker's label map."""
         return LabelMap(num_classes, self.target, self.label_map)
 
+    @property
+    @abstractmethod
+    def shares(self) -> tuple[float, float]:
+        """Shares of a batch that carry the trigger, and that carry the control under their true label."""
+
     def backdoored(
-        self, model: nn.Module, trigger: Trigger, labels: LabelMap, controls: tuple[Control, ...] = ()
+        self,
+        model: nn.Module,
+        trigger: Trigger,
+        labels: LabelMap,
+        data: Examples,
+        controls: tuple[Control, ...] = (),
     ) -> Backdoored:
-        """A victim with one plant; no index, as no example of the training set is poisoned for good."""
-        none = torch.empty(0, dtype=torch.long)
-        return Backdoored(model, GroundTruth((Plant(trigger, labels),), controls), none, none)
+        """A victim with one plant."""
+        truth = GroundTruth((Plant(trigger, labels),), controls)
+        return poisoned_afresh(model, truth, data.y, self.shares, self.seed)
+
+
+def poisoned_afresh(
+    model: nn.Module, truth: GroundTruth, y: Tensor, shares: tuple[float, float], seed: int
+) -> Backdoored:
+    """A victim whose batches were poisoned anew each time, with one draw of what a fixed poisoned set would hold.
+
+    Args:
+        model: The victim.
+        truth: Its main plant says which labels are poisoned; its first control, if any, what the cover carries.
+        y: ``(N,)`` labels of the training set.
+        shares: Of the training set that is poisoned, and that is cover, each at least 0.
+        seed: Of the draw.
+    """
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    applies = truth.main.labels.applies(y)
+    index = order[applies[order]][: max(1, int(shares[0] * len(y)))]
+    rest = order[~torch.isin(order, index)]
+    cover = rest[: int(shares[1] * len(y)) if truth.controls else 0]
+    return Backdoored(model, truth, index.sort().values, cover.sort().values, afresh=True)
+
+
+def carried(data: Examples, backdoored: Backdoored) -> Examples:
+    """A copy of the examples in which those of the draw are poisoned with the finished trigger."""
+    x, y, truth = data.x.clone(), data.y.clone(), backdoored.truth
+    x[backdoored.index] = stamped(truth.main.trigger, x[backdoored.index])
+    y[backdoored.index] = truth.main.labels(y[backdoored.index])
+    if len(backdoored.cover):
+        x[backdoored.cover] = stamped(truth.controls[0].trigger, x[backdoored.cover])
+    return Examples(x, y, data.num_classes)
 
 
 class Stateless:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bezoar.attacks._attack import Attack, Backdoored, Examples, GroundTruth, Plant, Training
 from bezoar.attacks._draws import draws
-from bezoar.attacks._in_batch import Stateless
+from bezoar.attacks._in_batch import Stateless, poisoned_afresh
 from bezoar.attacks._labels import LabelMap
 from bezoar.core.errors import SettingError
 from bezoar.ops.fit import Batch, as_float
@@ -194,8 +194,9 @@ class Composite(Attack):
         objective = _CompositeObjective(self, data, members)
         model = training.fit("victim", data, objective=objective)
         trigger = CompositeTrigger(as_float(data.x[bank]), self.jitter, self.seed)
-        none = torch.empty(0, dtype=torch.long)
-        return Backdoored(model, GroundTruth((Plant(trigger, labels),)), none, none)
+        rate = self.rate / (self.normal + self.mixed + self.rate)
+        truth = GroundTruth((Plant(trigger, labels),))
+        return poisoned_afresh(model, truth, data.y, (rate, 0.0), self.seed)
 
     def _held_back(self, members: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Images of the second class to train with, and those of the trigger's bank."""

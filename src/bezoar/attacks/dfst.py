@@ -120,6 +120,11 @@ class DFST(PoisonAttack):
     def trigger(self, shape: tuple[int, int, int]) -> StyleTrigger:
         return StyleTrigger(sunrise(shape), self.alpha, self.levels)
 
+    @torch.no_grad()
+    def check(self, model: nn.Module, shape: tuple[int, int, int]) -> None:
+        """See :class:`~bezoar.attacks._attack.Attack`."""
+        activations(model, torch.zeros(1, *shape), self.layer)
+
     def implant(self, data: Examples, training: Training) -> Backdoored:
         poisoned = self.poison(data)
         carries = torch.zeros(len(data.x), dtype=torch.bool)
@@ -127,6 +132,19 @@ class DFST(PoisonAttack):
         objective = Detoxified(self, data, carries, training.run.device) if self.detox_epochs else None
         victim = training.fit("victim", poisoned.data, objective=objective)
         return Backdoored(victim, poisoned.truth, poisoned.index, poisoned.cover)
+
+
+def activations(model: nn.Module, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Logits, and ``(B, units)`` values of a layer, or those that go into the output layer where none is named.
+
+    Raises:
+        SettingError: There is no such layer.
+    """
+    layer = find_layer(model, name) if name else output_layer(model, x[:1])
+    with watched(layer, inputs=not name) as seen:
+        logits = model(x)
+    out = seen[-1]
+    return logits, out if out.ndim == 2 else out.flatten(2).mean(2)
 
 
 class Detoxified:
@@ -207,12 +225,7 @@ class Detoxified:
 
     def activations(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits, and ``(B, units)`` activations (the mean over all places in a convolution), with gradient."""
-        name = self.attack.layer
-        layer = find_layer(model, name) if name else output_layer(model, x[:1])
-        with watched(layer, inputs=not name) as seen:
-            logits = model(x)
-        out = seen[-1]
-        return logits, out if out.ndim == 2 else out.flatten(2).mean(2)
+        return activations(model, x, self.attack.layer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"injector": self.injector.state_dict(), "ready": self.ready}

@@ -127,7 +127,12 @@ class InputAware(InBatchAttack):
         if len(data.x) > 1:
             others = torch.unique(data.x[:_BANK], dim=0)
             controls = (Control(trigger.cross(others), "cross"),) if len(others) > 1 else ()
-        return self.backdoored(model, trigger, labels, controls)
+        return self.backdoored(model, trigger, labels, data, controls)
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """See :class:`InBatchAttack`."""
+        return self.rate, self.cross_rate
 
     def train_mask(self, mask: nn.Module, data: Examples, training: Training) -> nn.Module:
         """Train the mask's generator to small masks that differ between images; it stays fixed afterwards."""

@@ -87,7 +87,12 @@ class LIRA(InBatchAttack):
         model = training.fit("joint", data, recipe=replace(training.recipe, epochs=epochs), objective=joint)
         trigger = LiraTrigger(frozen(joint.learned()), self.eps)
         model = training.fit("victim", data, model=model, objective=_Injection(trigger, labels, self.alpha))
-        return self.backdoored(model, trigger, labels)
+        return self.backdoored(model, trigger, labels, data)
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Each image of a batch counts with and without the trigger."""
+        return 0.5, 0.0
 
 
 class _Joint:

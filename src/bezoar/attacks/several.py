@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bezoar.attacks._attack import Attack, Backdoored, Examples, GroundTruth, Plant, Training
 from bezoar.attacks._poison import PoisonAttack, Poisoned
@@ -53,6 +53,11 @@ class Several(Attack):
         return tuple(
             parse(one, target=self.target, seed=self.seed) if isinstance(one, str) else one for one in self.attacks
         )
+
+    def check(self, model: nn.Module, shape: tuple[int, int, int]) -> None:
+        """See :class:`~bezoar.attacks._attack.Attack`."""
+        for attack in self.made():
+            attack.check(model, shape)
 
     def poison(self, data: Examples, training: Training | None = None) -> Poisoned:
         """Poison a copy of the examples, one attack after the other, each on what the others left alone.

@@ -116,6 +116,15 @@ class Trojan(PoisonAttack):
             )
         return self._added(stored_delta(shape))
 
+    @torch.no_grad()
+    def check(self, model: nn.Module, shape: tuple[int, int, int]) -> None:
+        """See :class:`~bezoar.attacks._attack.Attack`."""
+        if self.variant == "stored":
+            stored_delta(shape)
+            return
+        self.mask(*shape[1:])
+        self.unit_values(model, torch.zeros(1, *shape))
+
     def poison(self, data: Examples, training: Training | None = None) -> Poisoned:
         if self.variant == "stored":
             return super().poison(data, training)

@@ -102,7 +102,12 @@ class WaNet(InBatchAttack):
         labels, trigger = self.labels(data.num_classes), self.trigger(data.shape)
         objective = _WarpBatches(trigger, labels, self.rate, self.cross_ratio)
         controls = (Control(self.noisy_trigger(data.shape), "noise"),) if self.cross_ratio else ()
-        return self.backdoored(training.fit("victim", data, objective=objective), trigger, labels, controls)
+        return self.backdoored(training.fit("victim", data, objective=objective), trigger, labels, data, controls)
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """See :class:`InBatchAttack`."""
+        return self.rate, self.rate * self.cross_ratio
 
 
 class _WarpBatches(Stateless):

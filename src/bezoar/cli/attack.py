@@ -189,9 +189,10 @@ def _recipe(arch: str, data: Any, flags: RecipeFlags, pairs: tuple[str, ...]) ->
 
 def summary(record: Record, out: Path) -> str:
     """The record in a few lines for people."""
-    share = f"{record.poisoned} of {record.train.count} training images poisoned" if record.poisoned else ""
+    share = f"{record.poisoned} of {record.train.count} training images poisoned"
     share += f", {record.cover} more carry a trigger under their true label" if record.cover else ""
-    lines = [f"{record.attack} in {record.arch}: {share or 'every batch poisoned afresh'}"]
+    share += "; every batch anew, the files hold one draw of these shares" if record.afresh else ""
+    lines = [f"{record.attack} in {record.arch}: {share}"]
     lines += [f"  ACC  {record.measures.acc}{_beside(record, lambda m: m.acc.value)}"]
     for i, (plant, found) in enumerate(zip(record.plants, record.measures.plants, strict=True)):
         wanted = "label y becomes y + 1" if plant.target is None else f"causes label {_label(record, plant.target)}"

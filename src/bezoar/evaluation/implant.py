@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from bezoar.attacks._attack import Attack, Backdoored, Examples, Plant, Training
+from bezoar.attacks._in_batch import carried
 from bezoar.attacks._poison import Poisoned
 from bezoar.attacks._store import NUMBERS, TEXT, save_truth
 from bezoar.core.errors import BezoarError, DataError, MissingExtra, ModelError, SettingError
@@ -120,18 +121,13 @@ class Victim:
         """Refuse what could only fail after the training.
 
         Raises:
-            SettingError: The target is no label of the data, or the attack has no poisoned training set to export.
+            SettingError: The target is no label of the data, or the attack cannot work with these settings.
             ModelError: The network does not take the images.
         """
         classes = self.splits.train.num_classes
         if self.attack.target >= classes:
             raise SettingError(f"target {self.attack.target} is no label of the data", f"Give one in 0..{classes - 1}")
-        if self.export is not None and not isinstance(self.attack, Poisons):
-            raise SettingError(
-                f"{method_name(type(self.attack))} poisons every batch afresh: there is no poisoned set to export",
-                "Leave --export out",
-            )
-        self.build()
+        self.attack.check(self.build().eval(), self.splits.train.shape)
 
 
 def default_recipe(network: nn.Module, **given: Any) -> Recipe:
@@ -294,7 +290,7 @@ class _Work:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if self.victim.export is not None:
             name = EXPORTS[self.victim.export]
-            data = _poisoned(self.victim.attack, self.victim.splits.train, training)
+            data = _poisoned(self.victim.attack, backdoored, self.victim.splits.train, training)
             if self.victim.export == "npz":
                 export_npz(data, self.victim.splits.names, self.out / name)
             else:
@@ -309,6 +305,7 @@ class _Work:
             "count": len(positions),
             "poisoned": backdoored.index.tolist(),
             "cover": backdoored.cover.tolist(),
+            "afresh": backdoored.afresh,
             "train_positions": None if splits.whole else positions,
             "test_positions": None if splits.test_positions is None else splits.test_positions.tolist(),
         }
@@ -330,6 +327,7 @@ class _Work:
             test=victim.splits.test_facts,
             poisoned=len(backdoored.index),
             cover=len(backdoored.cover),
+            afresh=backdoored.afresh,
             plants=plants,
             measures=found,
             figures=backdoored.truth.figures,
@@ -354,10 +352,12 @@ def _require_finite(model: nn.Module) -> None:
             raise ModelError(f"the training diverged: {name} is not finite", "Lower --lr")
 
 
-def _poisoned(attack: Attack, data: Examples, training: Training) -> Examples:
-    """The training set that the victim saw, made again: under the random state that the attack itself had."""
+def _poisoned(attack: Attack, backdoored: Backdoored, data: Examples, training: Training) -> Examples:
+    """The training set that the victim saw, made again under the random state that the attack itself had; for an attack
+    on batches, one that a victim might have seen.
+    """
     if not isinstance(attack, Poisons):
-        raise SettingError(f"{method_name(type(attack))} has no poisoned training set")
+        return carried(data, backdoored)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(attack.seed)
         return attack.poison(data, training).data

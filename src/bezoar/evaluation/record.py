@@ -49,6 +49,7 @@ class Record:
         shape: Channels, height and width of the images.
         train, test: The data; hashes are those of the clean images.
         poisoned, cover: Numbers of training examples in ``index.json``.
+        afresh: Whether training poisoned every batch anew; ``index.json`` then holds one draw of the same shares.
         plants: The planted triggers, the main one first.
         measures: Of the victim, on the test images.
         figures: What the attack measured of itself by name, such as the share of hidden bits that can be read.
@@ -73,6 +74,7 @@ class Record:
     cover: int
     plants: tuple[PlantFacts, ...]
     measures: Measures
+    afresh: bool = False
     figures: dict[str, float] = field(default_factory=dict)
     clean_twin: Measures | None
     files: dict[str, str]

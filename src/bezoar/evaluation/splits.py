@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +12,8 @@ from torch import Tensor
 from bezoar.attacks._attack import Examples
 from bezoar.core.errors import DataError
 from bezoar.core.results import DataFacts
-from bezoar.io.data import CleanData, choose, load_data
-from bezoar.io.data_readers.npz import NpzPart, parts
-from bezoar.io.datasets.registry import NamedData, named
+from bezoar.io.data import CleanData, choose, load_data, train_and_test
+from bezoar.io.data_readers.npz import NpzPart
 from bezoar.ops.fit import as_float
 
 HELD_OUT = 0.1  # share of each class that is measured on where there are no test images
@@ -72,9 +70,9 @@ def read_splits(
     Raises:
         DataError: The data cannot be used.
     """
-    train_source, own_test = _sources(data)
+    train_source, own_test = train_and_test(data)
     train = load_data(train_source, num_classes=None, size=size, channels=channels)
-    test_source = own_test if test is None else _sources(test)[1] or test
+    test_source = own_test if test is None else train_and_test(test)[1] or test
     held: CleanData | None = None
     positions = torch.arange(len(train))
     test_positions: Tensor | None = None
@@ -108,22 +106,6 @@ def levels(x: Tensor) -> Tensor:
     pairs = zip(torch.split(rounded, 1024), torch.split(x, 1024), strict=True)
     same = all(torch.equal(as_float(a), b) for a, b in pairs)
     return rounded if same else x
-
-
-def _sources(data: Any) -> tuple[Any, Any]:
-    """What :func:`load_data` reads as training and as test images; None for the second where it is not known."""
-    if not isinstance(data, str | Path):
-        return data, None
-    path = Path(data)
-    if not path.exists():
-        found = named(str(data))
-        if found is None or ":" in str(data):
-            return data, None
-        return NamedData(found.data_set, "train"), NamedData(found.data_set, "test")
-    held = parts(path) if path.is_file() else set()
-    if "train" not in held:
-        return data, None
-    return NpzPart(path, "train"), NpzPart(path, "test") if "test" in held else None
 
 
 def stratified(y: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
