@@ -21,8 +21,8 @@ from bezoar.io.data_readers.arrow import ArrowReader, ParquetReader
 from bezoar.io.data_readers.folder import FolderReader
 from bezoar.io.data_readers.memory import DatasetReader, LoaderReader, PairReader
 from bezoar.io.data_readers.named import NamedReader
-from bezoar.io.data_readers.npz import NpzReader
-from bezoar.io.datasets.registry import named, nearest
+from bezoar.io.data_readers.npz import NpzPart, NpzReader, parts
+from bezoar.io.datasets.registry import NamedData, named, nearest
 
 #: All kinds of data; the first that claims a source reads it.
 READERS: tuple[Reader, ...] = (
@@ -138,8 +138,7 @@ def load_data(
     """
     _check_settings(size, channels, limit)
     wanted = Wanted(size, channels)
-    source = _named_or_path(source) if isinstance(source, str | os.PathLike) else source
-    opened = _reader(source).open(source, wanted)
+    opened = open_source(source, wanted)
     classes = _check_labels(opened, num_classes)
     index = choose(opened.labels, limit, seed)
     if len(index) < least * classes:
@@ -160,6 +159,33 @@ def load_data(
         names=names,
     )
     return CleanData(x, y, facts, opened.notes)
+
+
+def open_source(source: Any, wanted: Wanted) -> Source:
+    """Open data without decoding it; see :func:`load_data`.
+
+    Raises:
+        DataError: It is of no kind that can be read.
+        MissingExtra: pyarrow is needed and missing.
+    """
+    source = _named_or_path(source) if isinstance(source, str | os.PathLike) else source
+    return _reader(source).open(source, wanted)
+
+
+def train_and_test(data: Any) -> tuple[Any, Any]:
+    """What :func:`load_data` reads as training and as test images; None for the second where it is not known."""
+    if not isinstance(data, str | Path):
+        return data, None
+    path = Path(data)
+    if not path.exists():
+        found = named(str(data))
+        if found is None or ":" in str(data):
+            return data, None
+        return NamedData(found.data_set, "train"), NamedData(found.data_set, "test")
+    held = parts(path) if path.is_file() else set()
+    if "train" not in held:
+        return data, None
+    return NpzPart(path, "train"), NpzPart(path, "test") if "test" in held else None
 
 
 def choose(labels: Index, limit: int | None, seed: int) -> Index:

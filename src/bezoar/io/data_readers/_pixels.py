@@ -178,10 +178,7 @@ class Assembly:
         return out.clamp_(0, 1)
 
     def _fitted(self, picture: Picture) -> NDArray[np.float32]:
-        pixels = _colours(picture, self.wanted.channels)
-        size = self.wanted.size
-        if size is not None and pixels.shape[:2] != size:
-            pixels = _resized(pixels, size)
+        pixels = shaped(picture, self.wanted)
         if pixels.dtype.kind == "u":
             values = pixels.astype(np.float32) / np.float32(np.iinfo(pixels.dtype).max)
         else:
@@ -223,6 +220,16 @@ class Assembly:
         if self.high <= 255:
             return "They look like [0, 255]: divide by 255, or store them as uint8"
         return "Scale them to [0, 1]"
+
+
+def shaped(picture: Picture, wanted: Wanted) -> NDArray[Any]:
+    """The pixels of a picture ``(H, W, C)`` in the colours and the size that are wanted, in their own type.
+
+    Raises:
+        DataError: The colours do not fit.
+    """
+    pixels = _colours(picture, wanted.channels)
+    return pixels if wanted.size in (None, pixels.shape[:2]) else _resized(pixels, wanted.size)
 
 
 def _colours(picture: Picture, channels: int | None) -> NDArray[Any]:
