@@ -1,6 +1,7 @@
 """The grids of all purifiers as tables: what ``bezoar bench benchmarks/grids/purify-*.toml --out OUT`` measured.
 
-python benchmarks/purify.py --keep OUT      put the cells of a finished or running grid into results/purify.jsonl
+python benchmarks/purify.py --keep OUT...   put the cells of finished or running grids into results/purify.jsonl, where
+                                            they replace earlier ones of the same victim, purifier, images and seed
 python benchmarks/purify.py                 print the tables
 """
 
@@ -27,11 +28,16 @@ KEPT = (
 )
 
 
-def keep(folder: Path) -> int:
-    """Copy the figures of all cells of a grid."""
-    found = [json.loads(path.read_text()) for path in sorted((folder / "cells").glob("*.json"))]
-    rows = [{name: row[name] for name in KEPT} for row in found]
-    rows.sort(key=lambda r: (r["arch"], -r["images"], r["victim"], r["purifier"], r["seed"]))
+def keep(folders: list[Path]) -> int:
+    """Copy the figures of all cells of some grids."""
+    found = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    for folder in folders:
+        found += [json.loads(path.read_text()) for path in sorted((folder / "cells").glob("*.json"))]
+    kept = {
+        (row["arch"], -row["images"], row["victim"], row["purifier"], row["seed"]): {name: row[name] for name in KEPT}
+        for row in found
+    }
+    rows = [kept[key] for key in sorted(kept)]
     write_atomic(RESULTS, "".join(json.dumps(row) + "\n" for row in rows))
     return len(rows)
 
@@ -120,7 +126,7 @@ def _victims(found: list[CellResult]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=Path, help="folder that bezoar bench --out wrote")
+    parser.add_argument("--keep", type=Path, nargs="+", help="folders that bezoar bench --out wrote")
     arguments = parser.parse_args()
     if arguments.keep is not None:
         print(f"{keep(arguments.keep)} cells")

@@ -44,7 +44,7 @@ ATTACKS: list[tuple[str, tuple[str, ...]]] = [
     ("blend", ()),
     ("sig", ("dirty=true", "rate=0.1")),
     ("ftrojan", ("rate=0.1", "magnitude=300")),
-    ("wanet", ("strength=1",)),
+    ("wanet", ("strength=2", "cross_ratio=0")),
     ("badnets", ("pattern=noise", "corner=top-left")),
     ("smooth", ("epsilon=32/255",)),
     ("tact", ("rate=0.02", "cover_rate=0.02")),

@@ -22,7 +22,11 @@ FOLDER = Path(__file__).parents[1] / "docs" / "methods"
 #: Kind in the registry, and what its methods are for.
 KINDS = {
     "scanners": "Scanners: is there a backdoor, and for which label?",
+    "scorers": "Scorers: how suspicious is each label, beside the scanners' searches?",
     "purifiers": "Purifiers: from a suspect model to a clean one",
+    "filters": "Filters: which training examples are poisoned?",
+    "guards": "Guards: does this input carry a trigger, asked while the model answers?",
+    "trainers": "Trainers: a clean model from data that nobody vouches for",
     "attacks": "Attacks: plant a known backdoor, to measure the defences",
 }
 NOTE = "<!-- Made by scripts/make_method_docs.py from the docstring; change that, then run `make method-docs`. -->"

@@ -33,6 +33,7 @@ from tests.toys import LABELS, SIZE, TARGET, acc, asr, images, trained, trigger
 METHODS = {f"{kind}/{name}": method for kind in KINDS for name, method in methods(kind).items()}
 every_scanner = pytest.mark.parametrize("scanner", methods("scanners").values(), ids=methods("scanners").keys())
 every_purifier = pytest.mark.parametrize("purifier", methods("purifiers").values(), ids=methods("purifiers").keys())
+every_scorer = pytest.mark.parametrize("scorer", methods("scorers").values(), ids=methods("scorers").keys())
 every_attack = pytest.mark.parametrize("attack", methods("attacks").values(), ids=methods("attacks").keys())
 POISON = {name: attack for name, attack in methods("attacks").items() if hasattr(attack, "poison")}
 every_poison_attack = pytest.mark.parametrize("attack", POISON.values(), ids=POISON.keys())
@@ -138,15 +139,16 @@ def assert_undisturbed(before: State, model: nn.Module) -> None:
 
 
 class Failing(nn.Module):
-    """Answers, until a gradient is wanted for the third time."""
+    """Answers, until a gradient is wanted for the third time, or anything at all once too often."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, most: float = float("inf")) -> None:
         super().__init__()
-        self.module, self.calls = module, [0]
+        self.module, self.calls, self.answers, self.most = module, [0], [0], most
 
     def forward(self, x):
         self.calls[0] += x.requires_grad or any(p.requires_grad for p in self.parameters()) and torch.is_grad_enabled()
-        if self.calls[0] > 2:
+        self.answers[0] += 1
+        if self.calls[0] > 2 or self.answers[0] > self.most:
             raise RuntimeError("the model broke")
         return self.module(x)
 
@@ -172,13 +174,22 @@ def test_toys_are_what_they_claim(clean_data):
     assert min(acc(trained(backdoored=b), *clean_data) for b in (True, False)) > 0.95
 
 
+#: Most of each in a search that takes no gradient and so asks the more.
+FEW = {"screened": 1000, "population": 12, "generations": 8, "rounds": 4}
+
+
+def short(scanner: type) -> Any:
+    """A scanner with its defaults, but for those that only take long."""
+    return scanner(**{f.name: FEW[f.name] for f in dataclasses.fields(scanner) if f.name in FEW})
+
+
 @pytest.fixture(scope="module")
 def evidence(clean_data):
     """What each scanner says about the backdoored toy, scanned once."""
 
     @functools.cache
     def scanned(scanner: type) -> Scan:
-        return scanner()(suspect(), clean(clean_data), Run(seed=3))
+        return short(scanner)(suspect(), clean(clean_data), Run(seed=3))
 
     return scanned
 
@@ -208,7 +219,7 @@ def test_evidence_is_in_range(scanner, evidence):
 @every_scanner
 def test_scanner_same_seed_same_evidence(scanner, evidence, clean_data):
     torch.manual_seed(99)  # another state of the global generators must not matter
-    again = scanner()(suspect(), clean(clean_data), Run(seed=3))
+    again = short(scanner)(suspect(), clean(clean_data), Run(seed=3))
     first = evidence(scanner)
     for one, other in zip(first.seeds, again.seeds, strict=True):
         assert {k: (v.size, v.asr, v.status) for k, v in one.labels.items()} == {
@@ -222,16 +233,16 @@ def test_scanner_leaves_the_model_as_it_was(scanner, training, clean_data):
     model = suspect().train(training)
     model[0].weight.requires_grad_(False)
     before = State.of(model)
-    scanner()(model, clean(clean_data), Run())
+    short(scanner)(model, clean(clean_data), Run())
     assert_undisturbed(before, model)
 
 
 @every_scanner
 def test_scanner_leaves_the_model_as_it_was_after_a_failure(scanner, clean_data):
-    model = Failing(suspect()).eval()
+    model = Failing(suspect(), most=20).eval()  # some scanners want no gradient
     before = State.of(model)
     with pytest.raises((RuntimeError, BezoarError), match="the model broke"):
-        scanner()(model, clean(clean_data), Run())
+        short(scanner)(model, clean(clean_data), Run())
     assert_undisturbed(before, model)
 
 
@@ -243,6 +254,66 @@ def test_scanner_stops_when_the_budget_is_spent(scanner, clean_data):
         scanner()(suspect(), clean(clean_data), run)
     assert run.budget_spent
     assert time.monotonic() - started < 10
+
+
+#: Most of each where a test asks how a scorer behaves, not what it finds.
+HASTY = {"steps": 6, "starts": 2, "rounds": 3, "patience": 2, "pairs": 2, "epochs": 2, "channels": 8, "neurons": 3}
+
+
+def hasty(scorer: type) -> Any:
+    """A scorer with its defaults, but for those that only take long."""
+    made = scorer()
+    caps = {f.name: min(getattr(made, f.name), HASTY[f.name]) for f in dataclasses.fields(made) if f.name in HASTY}
+    return dataclasses.replace(made, **caps)
+
+
+@every_scorer
+@pytest.mark.parametrize("training", [False, True])
+def test_scorer_leaves_the_model_as_it_was(scorer, training, clean_data):
+    model = suspect().train(training)
+    model[0].weight.requires_grad_(False)
+    before = State.of(model)
+    hasty(scorer)(model, clean(clean_data), Run())
+    assert_undisturbed(before, model)
+
+
+@every_scorer
+def test_scorer_leaves_the_model_as_it_was_after_a_failure(scorer, clean_data):
+    model = Failing(suspect(), most=3).eval()
+    before = State.of(model)
+    with pytest.raises((RuntimeError, BezoarError), match="the model broke"):
+        hasty(scorer)(model, clean(clean_data), Run())
+    assert_undisturbed(before, model)
+
+
+@every_scorer
+def test_scorer_same_seed_same_scores_in_range(scorer, clean_data):
+    first = hasty(scorer)(suspect(), clean(clean_data), Run(seed=3))
+    torch.manual_seed(99)
+    again = hasty(scorer)(suspect(), clean(clean_data), Run(seed=3))
+    assert (first.labels, first.pairs, first.model) == (again.labels, again.pairs, again.model)
+    assert first.labels.keys() <= set(range(LABELS))
+    assert first.leader in first.labels
+    assert all(np.isfinite([*first.labels.values(), *first.pairs.values(), first.model]))
+    assert first.pvalue is None or 0 <= first.pvalue <= 1
+    assert first.meaning
+
+
+@every_scorer
+def test_scorer_stops_when_the_budget_is_spent(scorer, clean_data):
+    run, started = Run(budget=0.0), time.monotonic()
+    with pytest.raises(BudgetSpent):
+        scorer()(suspect(), clean(clean_data), run)
+    assert run.budget_spent
+    assert time.monotonic() - started < 10
+
+
+@every_scorer
+def test_scorer_without_data_looks_at_no_image(scorer):
+    if scorer.needs_clean:
+        pytest.skip("it looks at clean images")
+    x, y = torch.empty(180, 3, SIZE, SIZE, device="meta"), torch.empty(180, dtype=torch.long, device="meta")
+    hasty(scorer)(suspect(), Clean(x=x, y=y, held_x=x, held_y=y, num_classes=LABELS), Run())
 
 
 @every_purifier
@@ -291,10 +362,17 @@ def purify(purifier: type, model: nn.Module, data: tuple[torch.Tensor, torch.Ten
     made = dataclasses.replace(made, **most)
     triggers = {TARGET: trigger()} if purifier.needs_triggers else None
     try:
-        return made(model, clean(data), Run(seed=3), triggers)
+        return made(model, dataclasses.replace(clean(data), suspects=suspects(purifier)), Run(seed=3), triggers)
     except UnsupportedModel as refusal:  # such as a method for residual networks: its own tests hold it to the same
         assert refusal.hint
         pytest.skip(str(refusal))
+
+
+def suspects(purifier: type) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Poisoned training examples, for a purifier that needs some."""
+    x, y = images(200, seed=55)
+    x = trigger()(x[y != TARGET])
+    return (x, torch.full((len(x),), TARGET)) if purifier.needs_suspects else None
 
 
 class Forbidden:
@@ -314,7 +392,7 @@ def test_purifier_sees_nothing_but_the_images_to_work_with(purifier, clean_data)
     """``auto`` alone judges by held-out images; its own tests show that the methods it tries do not see them."""
     made = purifier()
     made = dataclasses.replace(made, **{f.name: SHORT[f.name] for f in dataclasses.fields(made) if f.name in SHORT})
-    blind = dataclasses.replace(clean(clean_data), held_x=Forbidden(), held_y=Forbidden())
+    blind = dataclasses.replace(clean(clean_data), held_x=Forbidden(), held_y=Forbidden(), suspects=suspects(purifier))
     triggers = {TARGET: trigger()} if purifier.needs_triggers else None
     with contextlib.suppress(UnsupportedModel):
         made(suspect(), blind, Run(seed=3), triggers)
@@ -324,6 +402,13 @@ def test_purifier_sees_nothing_but_the_images_to_work_with(purifier, clean_data)
 def test_purifier_without_its_trigger_says_so(purifier, clean_data):
     if purifier.needs_triggers:
         with pytest.raises(SettingError, match="trigger"):
+            purifier()(suspect(), clean(clean_data), Run())
+
+
+@every_purifier
+def test_purifier_without_its_suspects_says_so(purifier, clean_data):
+    if purifier.needs_suspects:
+        with pytest.raises(SettingError, match="thought to be poisoned"):
             purifier()(suspect(), clean(clean_data), Run())
 
 

@@ -21,13 +21,20 @@ LAYERS: dict[str, set[str]] = {
     "tasks": {"core", "ops", "tasks"},
     "scanners": {"core", "ops", "scanners"},
     "purifiers": {"core", "ops", "purifiers", "scanners"},
+    "scorers": {"core", "ops", "scorers"},
+    "filters": {"core", "ops", "filters"},
+    "trainers": {"core", "ops", "trainers"},
+    "guards": {"core", "ops", "guards"},
     "attacks": {"core", "ops", "attacks"},
     # Ground truth lives here and in attacks: no defence can reach it.
     "evaluation": {"core", "ops", "attacks", "io", "nets", "report", "evaluation"},
     "report": {"core", "report"},
     "bench": {"", "bench", "core", "ops", "attacks", "io", "evaluation", "report"},
     "demo": {"", "core", "demo", "evaluation", "io", "nets", "ops", "report"},
-    "": {"", "core", "io", "nets", "ops", "tasks", "scanners", "purifiers", "attacks", "evaluation", "report"},
+    "": {
+        *("", "core", "io", "nets", "ops", "tasks", "scanners", "scorers", "purifiers", "filters", "trainers"),
+        *("attacks", "evaluation", "guards", "report"),
+    },
     "cli": {"", "cli", "core", "io", "nets", "ops", "report", "demo", "evaluation", "bench"},
 }
 
@@ -43,6 +50,7 @@ ONLY_IN: dict[str, set[str]] = {
             "onnx",
             "onnx2torch",
             "onnxruntime",
+            "onnxscript",
             "pyarrow",
             "timm",
             "torchvision",

@@ -16,15 +16,39 @@ if TYPE_CHECKING:
     from bezoar.api import Result, purify, scan
     from bezoar.core.errors import BezoarError
     from bezoar.core.results import Report
+    from bezoar.filtering import Filtered, filter_data
+    from bezoar.guarding import Guarded, guard, load_guard
+    from bezoar.training import TrainResult, train
 
-__all__ = ["BezoarError", "Report", "Result", "__version__", "purify", "scan"]
+__all__ = [
+    "BezoarError",
+    "Filtered",
+    "Guarded",
+    "Report",
+    "Result",
+    "TrainResult",
+    "__version__",
+    "filter_data",
+    "guard",
+    "load_guard",
+    "purify",
+    "scan",
+    "train",
+]
 
 _HOME = {
     "BezoarError": "bezoar.core.errors",
+    "Filtered": "bezoar.filtering",
+    "Guarded": "bezoar.guarding",
     "Report": "bezoar.core.results",
     "Result": "bezoar.api",
+    "TrainResult": "bezoar.training",
+    "filter_data": "bezoar.filtering",
+    "guard": "bezoar.guarding",
+    "load_guard": "bezoar.guarding",
     "purify": "bezoar.api",
     "scan": "bezoar.api",
+    "train": "bezoar.training",
 }
 
 

@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar.core.method import Clean
+from bezoar.core.method import Clean, Scanner
 from bezoar.core.results import Aftercare
 from bezoar.core.run import Run
 from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import Trigger
-from bezoar.scanners.neural_cleanse import NeuralCleanse
 from bezoar.scanning import scan_session
 from bezoar.session import Session
 
@@ -30,7 +29,7 @@ def aftercare(
     clean: Clean,
     label: int | None,
     trigger: Trigger | None,
-    rescan: NeuralCleanse | None,
+    rescan: Scanner | None,
 ) -> Aftercare:
     """Look at a cleaned model.
 

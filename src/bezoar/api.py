@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bezoar.aftercare import aftercare
 from bezoar.core.errors import DataError, SettingError
-from bezoar.core.method import Purifier
+from bezoar.core.method import Clean, Purifier, Scanner
 from bezoar.core.registry import find, method_name
 from bezoar.core.results import Cleaning, LayerChange, Report, Verdict, write_atomic
 from bezoar.core.run import Report as Told
@@ -25,6 +25,7 @@ from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import InvertedTrigger, Trigger, trigger_of, trigger_tensors
 from bezoar.io.containers import sha256
 from bezoar.io.models import save_model
+from bezoar.io.suspects import read_suspects
 from bezoar.options import ModelOptions, RunOptions
 from bezoar.report.html import render
 from bezoar.report.sarif import to_sarif
@@ -110,7 +111,7 @@ def scan(
     model: str | Path | nn.Module,
     data: Any,
     *,
-    method: NeuralCleanse | None = None,
+    method: Scanner | str | None = None,
     model_options: ModelOptions | None = None,
     options: RunOptions | None = None,
     report: Told | None = None,
@@ -124,7 +125,8 @@ def scan(
         model: Any module that maps ``(B, C, H, W)`` to ``(B, K)`` logits, or the path of a model file or folder.
         data: Clean images with labels: a path, ``(x, y)`` arrays or tensors, a ``Dataset`` or a ``DataLoader``. Pixels
             are raw: uint8, or float in [0, 1] before any normalisation.
-        method: The scanner with its settings.
+        method: A scanner with its settings, or its name; Neural Cleanse by default, which alone has the search for
+            faint changes beside it.
         model_options: How to read the model.
         options: Clean images, seed, budget, device.
         report: Told of progress: phase, steps done, steps in all, a note.
@@ -133,16 +135,11 @@ def scan(
     Raises:
         BezoarError: Model, data or settings cannot be used; the message says what to do.
     """
-    method, model_options, options = _settings(
-        settings, method or NeuralCleanse(), model_options or ModelOptions(), options or RunOptions()
+    made, model_options, options = _settings(
+        settings, _scanner(method), model_options or ModelOptions(), options or RunOptions()
     )
-    if not isinstance(method, NeuralCleanse):
-        raise SettingError(
-            f"method must be a NeuralCleanse with its settings, got {type(method).__name__}",
-            "The search for faint changes runs beside it; additive=False leaves it out",
-        )
     with open_session(model, data, model_options, options, report) as session:
-        return _scan(session, method)
+        return _scan(session, made)
 
 
 def purify(
@@ -150,8 +147,10 @@ def purify(
     data: Any,
     *,
     method: Purifier | str = "auto",
+    scanner: Scanner | str | None = None,
     found: Result | None = None,
     label: int | None = None,
+    suspects: tuple[Any, Any] | None = None,
     out: str | Path | None = None,
     rescan: bool = False,
     model_options: ModelOptions | None = None,
@@ -167,8 +166,11 @@ def purify(
         model: See :func:`scan`.
         data: See :func:`scan`.
         method: A purifier with its settings, or its name.
+        scanner: What finds the triggers, where the method wants some; see ``method`` of :func:`scan`.
         found: Result of an earlier scan, so that none is needed.
         label: Unlearn the inverted trigger of this label, whatever the verdict.
+        suspects: Training examples to unlearn, for ``abl-unlearn``: images and the labels that they came with, or a
+            list of :func:`bezoar.filter_data` and the data that it is about.
         out: Folder to write the cleaned model to, in the format that was read; the report goes beside it.
         rescan: Scan the cleaned model as well; the verdict stands in ``cleaning.aftercare``.
         model_options: See :func:`scan`.
@@ -184,8 +186,8 @@ def purify(
         BezoarError: Model, data or settings cannot be used, or there is no trigger to unlearn.
     """
     purifier = find("purifiers", method)() if isinstance(method, str) else method
-    scanner, model_options, options = _settings(
-        settings, NeuralCleanse(), model_options or ModelOptions(), options or RunOptions()
+    search, model_options, options = _settings(
+        settings, _scanner(scanner), model_options or ModelOptions(), options or RunOptions()
     )
     least = 2 if purifier.needs_triggers and found is None else 1
     with open_session(model, data, model_options, options, report, least) as session:
@@ -195,13 +197,14 @@ def purify(
         warnings: tuple[str, ...] = ()
         if found is None and (purifier.needs_triggers or purifier.wants_scan):
             if len(session.data) >= 2 * session.clean.num_classes:
-                found = _scan(session, scanner)
+                found = _scan(session, search)
             else:
                 session.run.warnings.append("with fewer than two images for each class, the model is not scanned first")
         if found is not None and (purifier.needs_triggers or found.verdict == "backdoored" or label is not None):
             triggers, warnings = _triggers_to_unlearn(found, label)
+        clean = dataclasses.replace(session.to_purify(), suspects=_suspects(session, purifier, suspects))
         module, network, cleaning = _purify(
-            session, purifier, triggers, None if out is None else Path(out), scanner if rescan else None
+            session, purifier, clean, triggers, None if out is None else Path(out), search if rescan else None
         )
         warnings = (*warnings, *session.run.warnings)
         cleaned = network if isinstance(model, nn.Module) else module
@@ -228,7 +231,20 @@ def _settings(given: dict[str, Any], *parts: Any) -> list[Any]:
     return made
 
 
-def _scan(session: Session, method: NeuralCleanse) -> Result:
+def _scanner(given: Scanner | str | None) -> Scanner:
+    """The scanner that is meant, if a verdict can rest on it."""
+    made = NeuralCleanse() if given is None else find("scanners", given)() if isinstance(given, str) else given
+    if not isinstance(made, Scanner):
+        raise SettingError(f"a scanner or its name is needed, got {type(made).__name__}")
+    if not made.alone:
+        raise SettingError(
+            f"a verdict cannot rest on {type(made).__name__} alone",
+            "It runs beside the usual scanner; additive=False leaves it out",
+        )
+    return made
+
+
+def _scan(session: Session, method: Scanner) -> Result:
     report, triggers = scan_session(session, method)
     return Result(report, triggers)
 
@@ -252,14 +268,28 @@ def _triggers_to_unlearn(found: Result, label: int | None) -> tuple[dict[int, In
     return {leader: found.triggers[leader]}, (warning,)
 
 
+def _suspects(session: Session, purifier: Purifier, given: tuple[Any, Any] | None) -> tuple[Tensor, Tensor] | None:
+    if given is None or isinstance(given[0], Tensor):
+        return given
+    facts = session.suspect.facts
+    return read_suspects(
+        *given,
+        size=(facts.height, facts.width),
+        channels=facts.channels,
+        num_classes=facts.num_classes,
+        most=getattr(purifier, "most", None),
+    )
+
+
 def _purify(
     session: Session,
     purifier: Purifier,
+    clean: Clean,
     triggers: dict[int, InvertedTrigger],
     out: Path | None,
-    rescan: NeuralCleanse | None,
+    rescan: Scanner | None,
 ) -> tuple[nn.Module, nn.Module, Cleaning]:
-    suspect, clean = session.suspect, session.to_purify()
+    suspect = session.suspect
     # Copied together, so that the network inside the new module is the very one that is written back.
     module, network = copy.deepcopy((suspect.module, suspect.network))
     before = {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}

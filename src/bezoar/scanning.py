@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from bezoar.core.evidence import Scan
+from bezoar.core.method import Scanner
 from bezoar.core.pictures import change_picture, png, stamp_picture
 from bezoar.core.registry import method_name
 from bezoar.core.results import Example, Report, Search, TriggerFacts
@@ -17,16 +18,11 @@ from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import InvertedTrigger, MaskedTrigger, Trigger
 from bezoar.ops.verdict import Judgement, confirm, judge, lead
 from bezoar.report.wording import sentence
-from bezoar.scanners._together import Together
-from bezoar.scanners.additive_inversion import AdditiveInversion
-from bezoar.scanners.neural_cleanse import NeuralCleanse
 from bezoar.session import SCAN_HELD_OUT, Session
 
-#: Settings that all searches share.
-_SHARED = ("seeds", "labels", "batch", "reach", "loss", "candidates", "reference_labels", "chunk", "precision")
 _RUNNERS_UP = 4
 _EXAMPLES = 8
-# Shares of the budget kept for what comes after: the additive search, held-out images and the report.
+# Shares of the budget kept for what comes after: the next search, held-out images and the report.
 _RESERVES = (0.45, 0.15)
 
 
@@ -34,21 +30,22 @@ _RESERVES = (0.45, 0.15)
 class Look:
     """One family of triggers: how it was searched, what was found, and what that alone says."""
 
-    method: Together
+    method: Scanner
     evidence: Scan
     judgement: Judgement
 
 
-def scan_session(session: Session, method: NeuralCleanse) -> tuple[Report, dict[int, InvertedTrigger]]:
+def scan_session(session: Session, method: Scanner) -> tuple[Report, dict[int, InvertedTrigger]]:
     """Scan the model of a session.
+
+    Args:
+        session: Model and data.
+        method: The search; those that belong beside it run after it, unless the options say otherwise.
 
     Returns:
         The report, and the inverted trigger of each label, the smallest over the seeds, from the search that leads.
     """
-    methods: list[Together] = [method]
-    if session.options.additive and method.mode == "fast":
-        shared = {name: getattr(method, name) for name in _SHARED}
-        methods.append(AdditiveInversion(**shared))
+    methods = [method, *(method.beside() if session.options.additive else ())]
     looks = [look_for(session, one, last=one is methods[-1]) for one in methods]
     looks = looks[:1] + [
         dataclasses.replace(look, judgement=confirm(look.judgement, looks[0].evidence)) for look in looks[1:]
@@ -97,7 +94,7 @@ def _also_found(judged: Judgement, others: list[Look]) -> tuple[str, ...]:
     )
 
 
-def look_for(session: Session, method: Together, last: bool = True) -> Look:
+def look_for(session: Session, method: Scanner, last: bool = True) -> Look:
     """Search one family of triggers; ``last`` says that no other search comes after it under the budget."""
     folder = session.checkpoints(method)
     told = session.run.progress.report
@@ -108,7 +105,7 @@ def look_for(session: Session, method: Together, last: bool = True) -> Look:
     return Look(method, evidence, judge(evidence, session.data.facts.names))
 
 
-def _forget(session: Session, method: Together) -> None:
+def _forget(session: Session, method: Scanner) -> None:
     """Checkpoints go when the whole scan is done: a kill in the second search must not cost the first."""
     folder = session.checkpoints(method)
     if folder is not None:

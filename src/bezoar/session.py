@@ -177,15 +177,7 @@ def open_session(
 def _sized_by_data(
     model: str | Path | nn.Module, data: Any, model_options: ModelOptions, options: RunOptions
 ) -> ModelOptions:
-    """What does not say which images it takes: their own size is the best guess, unless the user knows.
-
-    That is a module of the user's own, and a reference net whose weights fit every size. For the latter, images that
-    are much larger or smaller than it is made for are brought to its usual size.
-    """
-    name = model_options.arch or ""
-    reference = model_options.size is None and takes_any_size(name)
-    own = isinstance(model, nn.Module) or ".py:" in name
-    if not (own or reference) or (model_options.size is not None and model_options.channels is not None):
+    if not size_is_open(model, model_options):
         return model_options
     size = (model_options.size,) * 2 if isinstance(model_options.size, int) else model_options.size
     try:
@@ -199,17 +191,41 @@ def _sized_by_data(
             least=1,
         )
     except DataError:
-        if own:
+        if _own(model, model_options):
             raise
         return model_options  # of several sizes, for one: the usual size it is, and a true fault comes up again
-    channels, height, width = seen.shape
-    if not own:
-        usual = max(find(name)[1])  # type: ignore[index]
+    return sized_by(seen.shape, model, model_options)
+
+
+def size_is_open(model: str | Path | nn.Module, model_options: ModelOptions) -> bool:
+    """Whether the size of the input is that of the data, see :func:`sized_by`."""
+    reference = model_options.size is None and takes_any_size(model_options.arch or "")
+    told = model_options.size is not None and model_options.channels is not None
+    return (_own(model, model_options) or reference) and not told
+
+
+def sized_by(shape: tuple[int, int, int], model: str | Path | nn.Module, model_options: ModelOptions) -> ModelOptions:
+    """What does not say which images it takes: their own size is the best guess, unless the user knows.
+
+    That is a module of the user's own, and a reference net whose weights fit every size. For the latter, images that
+    are much larger or smaller than it is made for are brought to its usual size.
+
+    Args:
+        shape: Channels, height and width of the images.
+        model, model_options: As the user gave them.
+    """
+    channels, height, width = shape
+    if not _own(model, model_options):
+        usual = max(find(model_options.arch or "")[1])  # type: ignore[index]
         near = max(height, width, usual) <= 1.5 * min(height, width, usual)
         return dataclasses.replace(model_options, size=(height, width)) if near else model_options
     return dataclasses.replace(
         model_options, size=model_options.size or (height, width), channels=model_options.channels or channels
     )
+
+
+def _own(model: str | Path | nn.Module, model_options: ModelOptions) -> bool:
+    return isinstance(model, nn.Module) or ".py:" in (model_options.arch or "")
 
 
 def _uncalibrated(num_classes: int) -> tuple[str, ...]:

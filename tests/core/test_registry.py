@@ -17,7 +17,10 @@ def test_finds_by_name():
 
 @pytest.mark.parametrize(
     ("name", "wanted"),
-    [("neural-clense", "'neural-cleanse'"), ("zzz", "There are: additive-inversion, neural-cleanse")],
+    [
+        ("neural-clense", "'neural-cleanse'"),
+        ("zzz", "There are: additive-inversion, evolutionary-search, neural-cleanse"),
+    ],
 )
 def test_unknown_name_gets_a_suggestion(name, wanted):
     with pytest.raises(SettingError, match=f"no method '{name}' among the scanners") as caught:

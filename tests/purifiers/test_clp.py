@@ -13,7 +13,8 @@ from torch import nn
 
 from bezoar.core.errors import SettingError, UnsupportedModel
 from bezoar.core.run import Run
-from bezoar.purifiers.clp import CLP, lipschitz, pairs, stands_out
+from bezoar.ops.lipschitz import lipschitz, pairs, stands_out
+from bezoar.purifiers.clp import CLP
 from tests.purifiers.nets import LARGE, NAMES, few, form, make, same, toy_clean
 from tests.toys import acc, images, trained
 

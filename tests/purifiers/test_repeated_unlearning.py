@@ -111,9 +111,46 @@ def test_few_images(clean, count):
     assert bool(run.warnings) == (count == 1)
 
 
+def fast(**settings) -> RepeatedUnlearning:
+    return RepeatedUnlearning(epochs=1, mask_steps=2, additive_steps=2, **settings)
+
+
+def test_small_sets_are_filled_up_and_the_weights_averaged(clean):
+    small = dataclasses.replace(clean, x=clean.x[:12], y=clean.y[:12])
+    run, plain = Run(), Run()
+    half, whole = (fast(fill=30, keep=keep)(suspect(), small, run) for keep in (0.5, 0.0))
+    assert run.notes["copies"] == 24
+    for name, value in suspect().state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(half.state_dict()[name], (value + whole.state_dict()[name]) / 2)
+    fast(fill=12)(suspect(), small, plain)
+    assert "copies" not in plain.notes
+
+
+def test_set_is_not_filled_up_where_the_suspect_answers_the_changes(clean):
+    small, run = dataclasses.replace(clean, x=clean.x[:12], y=clean.y[:12]), Run()
+
+    class Jumpy(nn.Module):
+        """Gives another label whenever an image differs from those it knows."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = suspect()
+
+        def forward(self, x):
+            known = (x[:, None] == small.x[None]).flatten(2).all(2).any(1)
+            other = F.one_hot(torch.full((len(x),), 3), LABELS).float() * 50
+            return self.net(x) + torch.where(known[:, None], 0.0, other)
+
+    fast(fill=30)(Jumpy(), small, run)
+    assert "copies" not in run.notes
+
+
 @pytest.mark.parametrize(
     "settings",
     [
+        {"fill": -1},
+        {"keep": 1.0},
         *(
             {"share": 0.0},
             {"share": 1.1},

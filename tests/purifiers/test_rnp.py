@@ -13,8 +13,9 @@ from torch import nn
 
 from bezoar.core.errors import SettingError
 from bezoar.core.run import Progress, Run
+from bezoar.ops.unlearning import stop_at
 from bezoar.purifiers._masks import Learned, beyond, gates_of
-from bezoar.purifiers.rnp import RNP, note_label, stop_at
+from bezoar.purifiers.rnp import RNP, note_label
 from tests.purifiers.nets import NAMES, deeper, few, form, hooks, make, same, toy_clean
 from tests.toys import LABELS, TARGET, acc, asr, images, trained
 

@@ -140,6 +140,8 @@ def method_from(kind: str, name: str, settings: dict[str, Any], pairs: tuple[str
     from bezoar.core.registry import find
 
     method = find(kind, name)
+    for given in settings.keys() - {f.name for f in dataclasses.fields(method)}:
+        raise SettingError(f"--{given} is no setting of {name}", f"See bezoar methods {name}")
     return method(**settings | fields_from(method, name, "--set", pairs))
 
 

@@ -15,6 +15,9 @@ from bezoar.cli import _output
 from bezoar.cli.attack import attack
 from bezoar.cli.bench import bench
 from bezoar.cli.data import app as data_app
+from bezoar.cli.filter import app as filter_app
+from bezoar.cli.guard import guard
+from bezoar.cli.train import train
 from bezoar.core.errors import BezoarError, SettingError
 from bezoar.version import __version__
 
@@ -29,6 +32,12 @@ model.
     bezoar scan model.pth --arch resnet-18 --data images/ --out scan/
     bezoar purify model.pth --arch resnet-18 --data images/ --out cleaned/
 
+And give it a training set that nobody vouches for: it says which examples are
+poisoned.
+
+    bezoar train --data scraped/ --arch resnet-18 --out model/
+    bezoar filter data train/ --model model.pth --arch resnet-18 --out found/
+
 Exit codes: 0 clean or done, 1 backdoored, 2 bad input or usage, 3 inconclusive.
 """
 
@@ -41,6 +50,9 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 app.command(data_app)
+app.command(filter_app)
+app.command(train)
+app.command(guard)
 app.command(attack)
 app.command(bench)
 
@@ -57,6 +69,7 @@ def scan(
     out: Path | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
     sarif: Annotated[bool, Parameter(negative="")] = False,
+    scanner: str = "neural-cleanse",
     mode: Literal["fast", "reference"] = "fast",
     seeds: int = 3,
     labels: str = "",
@@ -83,6 +96,7 @@ def scan(
         out: Folder for report.html, report.json, report.sarif and the triggers.
         json: Print the whole report as JSON instead of the summary.
         sarif: Print the report as SARIF instead of the summary.
+        scanner: neural-cleanse, or evolutionary-search, which needs no gradient of the input; see bezoar methods.
         mode: fast, or the paper's own procedure, label by label (far slower, and without the search for faint changes).
         seeds: Seeds to scan with; they must agree for a verdict.
         labels: Labels that can be the target, such as 3,7,10-14; all by default.
@@ -95,8 +109,8 @@ def scan(
     if json and sarif:
         raise SettingError("--json and --sarif exclude each other", "Use --out DIR to get both as files")
     _output.check_folder(out)
-    settings = {"mode": mode, "seeds": seeds, "labels": _output.label_list(labels)}
-    method = _output.method_from("scanners", "neural-cleanse", settings, set_)
+    settings = {"seeds": seeds, "labels": _output.label_list(labels)} | ({} if mode == "fast" else {"mode": mode})
+    method = _output.method_from("scanners", scanner, settings, set_)
     with _output.progress(quiet) as report:
         result = api.scan(
             model,
@@ -119,8 +133,11 @@ def purify(
     data: str,
     out: Path,
     method: str = "auto",
+    scanner: str = "neural-cleanse",
     scan: Path | None = None,
     label: int | None = None,
+    suspects: Path | None = None,
+    suspect_data: str | None = None,
     seeds: int = 3,
     rescan: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
@@ -148,8 +165,11 @@ def purify(
         data: Clean images with labels, see bezoar scan.
         out: Folder for the cleaned model, changes.json and the report.
         method: auto, or another one of bezoar methods.
+        scanner: What finds the triggers, where the method wants some; see bezoar scan.
         scan: Folder that bezoar scan --out wrote for this model, so that it is not scanned again.
         label: Use the inverted trigger of this label, whatever the verdict.
+        suspects: The suspects.csv of bezoar filter data, for abl-unlearn: training examples to unlearn.
+        suspect_data: The training set that --suspects is about.
         seeds: Seeds of the scan.
         rescan: Scan the cleaned model as well.
         json: Print the whole report as JSON instead of the summary.
@@ -162,13 +182,17 @@ def purify(
     _output.check_folder(out)
     purifier = _output.method_from("purifiers", method, {}, set_)
     found = None if scan is None else api.load_result(scan)
+    if (suspects is None) != (suspect_data is None):
+        raise SettingError("--suspects and --suspect-data go together", "Give both")
     with _output.progress(quiet) as report:
         _, whole = api.purify(
             model,
             data,
             method=purifier,
+            scanner=scanner,
             found=found,
             label=label,
+            suspects=None if suspects is None else (suspects, suspect_data),
             out=out,
             rescan=rescan,
             model_options=model_flags.make(),

@@ -62,6 +62,7 @@ class Scan:
         unit: What sizes are counted in.
         refined: Smaller triggers from a longer search, by label; shown, but no part of a verdict.
         wanted: Labels that the user asked for, which alone can be the target; empty for all.
+        calibrated: Whether the bounds of the verdict rule were set on searches of this kind.
     """
 
     seeds: tuple[SeedScan, ...]
@@ -70,6 +71,7 @@ class Scan:
     unit: Unit = "px"
     refined: dict[int, LabelScan] = field(default_factory=dict)
     wanted: tuple[int, ...] = ()
+    calibrated: bool = True
 
     @property
     def whole(self) -> float:
@@ -96,3 +98,31 @@ class Scan:
     def looked_at(self) -> list[int]:
         """Labels that any seed looked at, ascending."""
         return sorted({label for s in self.seeds for label in s.labels})
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Evidence of a method that has no trigger size: how suspicious each label is, and the model.
+
+    Attributes:
+        labels: Score of each label that was looked at, higher for more suspicious.
+        model: Score of the model as a whole, higher for more suspicious: what a calibrated verdict rests on.
+        meaning: What the scores are, in words, with their unit.
+        suspect: What the paper's own rule says of the model, or None where it has none.
+        pvalue: The paper's own p-value of the most suspicious label, or None.
+        triggers: Inverted triggers by label, where the method finds some.
+        pairs: Score of each pair of source and target label that was looked at, for methods that tell them apart.
+    """
+
+    labels: dict[int, float]
+    model: float
+    meaning: str
+    suspect: bool | None = None
+    pvalue: float | None = None
+    triggers: dict[int, InvertedTrigger] = field(default_factory=dict)
+    pairs: dict[tuple[int, int], float] = field(default_factory=dict)
+
+    @property
+    def leader(self) -> int:
+        """The most suspicious label; of equal ones the first."""
+        return max(self.labels, key=lambda label: (self.labels[label], -label))

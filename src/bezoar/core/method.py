@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
 from bezoar.core.errors import SettingError
-from bezoar.core.evidence import Scan
+from bezoar.core.evidence import Scan, Scores
 from bezoar.core.run import Run
 from bezoar.core.surgery import frozen
 from bezoar.core.trigger import InvertedTrigger
@@ -25,6 +25,8 @@ class Clean:
         x, y: ``(N, C, H, W)`` images in [0, 1] and ``(N,)`` labels to work with.
         held_x, held_y: Held-out images and labels.
         num_classes: Number of labels K of the model.
+        suspects: What stands against the clean examples: ``(S, C, H, W)`` images, uint8 or in [0, 1], and ``(S,)``
+            labels that someone planted, most suspicious first; None where nothing is known.
     """
 
     x: Tensor
@@ -32,6 +34,7 @@ class Clean:
     held_x: Tensor
     held_y: Tensor
     num_classes: int
+    suspects: tuple[Tensor, Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -61,6 +64,17 @@ class Method:
 class Scanner(Method, ABC):
     """Is there a backdoor, and for which label? Gives evidence; the verdict is a separate rule."""
 
+    #: Name of the phase, for the user's eye.
+    phase: ClassVar[str] = "scan"
+    #: Whether a verdict can rest on this search alone.
+    alone: ClassVar[bool] = True
+    #: Seeds to scan with: a setting of every scanner.
+    seeds: int
+
+    def beside(self) -> tuple[Scanner, ...]:
+        """Further searches that complete this one in a scan, with settings like its own."""
+        return ()
+
     @final
     def __call__(self, model: nn.Module, clean: Clean, run: Run) -> Scan:
         """Look at a model, which is left as it was.
@@ -70,11 +84,34 @@ class Scanner(Method, ABC):
             clean: Clean examples.
             run: Device, time and randomness.
         """
-        with frozen(model), _own_randomness(run):
+        with frozen(model), own_randomness(run):
             return self.scan(model, clean, run)
 
     @abstractmethod
     def scan(self, model: nn.Module, clean: Clean, run: Run) -> Scan:
+        """The idea of the method; ``model`` is frozen and in eval mode."""
+
+
+class Scorer(Method, ABC):
+    """How suspicious is each label, and the model as a whole? Evidence beside that of the scanners' searches."""
+
+    #: Whether the method looks at clean examples; one that does not works from the weights alone.
+    needs_clean = True
+
+    @final
+    def __call__(self, model: nn.Module, clean: Clean, run: Run) -> Scores:
+        """Look at a model, which is left as it was.
+
+        Args:
+            model: ``(B, C, H, W)`` in [0, 1] to ``(B, K)`` logits.
+            clean: Clean examples; a data-free method reads their shape and number of labels only.
+            run: Device, time and randomness.
+        """
+        with frozen(model), own_randomness(run):
+            return self.scores(model, clean, run)
+
+    @abstractmethod
+    def scores(self, model: nn.Module, clean: Clean, run: Run) -> Scores:
         """The idea of the method; ``model`` is frozen and in eval mode."""
 
 
@@ -85,6 +122,8 @@ class Purifier(Method, ABC):
     needs_triggers = False
     #: Whether it does better with the triggers of a scan, also where the scan suspects no label.
     wants_scan = False
+    #: Whether :meth:`purify` needs training examples that are thought to be poisoned.
+    needs_suspects = False
 
     @final
     def __call__(
@@ -99,15 +138,20 @@ class Purifier(Method, ABC):
             triggers: Inverted triggers by label, for methods that need them.
 
         Raises:
-            SettingError: The method needs triggers and none were given.
+            SettingError: The method needs triggers or suspects and none were given.
         """
         if self.needs_triggers and not triggers:
             raise SettingError(
                 f"{type(self).__name__} needs an inverted trigger, and the scan found none",
                 "Scan the model first, or use a purifier that needs no trigger, such as finetune",
             )
+        if self.needs_suspects and (clean.suspects is None or not len(clean.suspects[1])):
+            raise SettingError(
+                f"{type(self).__name__} needs training examples that are thought to be poisoned, and got none",
+                "Find them with bezoar filter data, and give --suspects suspects.csv --suspect-data DATA",
+            )
         wanted = [(p, p.requires_grad) for p in model.parameters()]
-        with _own_randomness(run):
+        with own_randomness(run):
             for parameter, _ in wanted:
                 parameter.requires_grad_(parameter.is_floating_point())
             try:
@@ -121,7 +165,7 @@ class Purifier(Method, ABC):
         """The idea of the method."""
 
 
-def _own_randomness(run: Run) -> Any:
+def own_randomness(run: Run) -> Any:
     """The caller's global random state comes back; inside, it depends on the run's seed."""
     devices = [run.device] if run.device.type == "cuda" else []
     return _Forked(run.seed, devices)

@@ -21,6 +21,10 @@ from bezoar.core.errors import SettingError
 KINDS = {
     "scanners": ("bezoar.scanners", "bezoar.core.method", "Scanner"),
     "purifiers": ("bezoar.purifiers", "bezoar.core.method", "Purifier"),
+    "scorers": ("bezoar.scorers", "bezoar.core.method", "Scorer"),
+    "filters": ("bezoar.filters", "bezoar.core.filtering", "Filter"),
+    "guards": ("bezoar.guards", "bezoar.core.guarding", "Guard"),
+    "trainers": ("bezoar.trainers", "bezoar.core.training", "Trainer"),
     "attacks": ("bezoar.attacks", "bezoar.attacks._attack", "Attack"),
 }
 
@@ -30,7 +34,7 @@ def methods(kind: str) -> dict[str, type[Any]]:
     """All methods of a kind, by kebab-case name, sorted.
 
     Args:
-        kind: ``scanners``, ``purifiers`` or ``attacks``.
+        kind: One of :data:`KINDS`.
     """
     folder, base_module, base_name = KINDS[kind]
     base = getattr(importlib.import_module(base_module), base_name)

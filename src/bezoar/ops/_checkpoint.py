@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bezoar.core.errors import SettingError
+from bezoar.core.examples import ExampleSource, Subset
 from bezoar.core.results import write_atomic
 
 FORMAT = "bezoar.training/1"
@@ -97,7 +98,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 def digest(value: object) -> str:
     """SHA-256 over the settings and numbers in ``value``, the same in every process.
 
-    It looks into tensors, networks, containers, frozen dataclasses and what functions close over. Of any other object
+    It looks into tensors, networks, sources of examples, containers, frozen dataclasses and what functions close over.
+    Examples that do not know their own hash are read a few at a time. Of any other object
     only the class counts: what can change may hold clocks and paths, which differ from run to run.
     """
     sha = hashlib.sha256()
@@ -113,6 +115,8 @@ def settings(value: object) -> list[object]:
 def _feed(sha: Any, value: object, seen: set[int]) -> None:
     if isinstance(value, Tensor):
         _feed_tensor(sha, value)
+    elif isinstance(value, ExampleSource) and not isinstance(value, Subset):
+        _feed_examples(sha, value)
     elif value is None or isinstance(value, bool | int | float | str | bytes):
         sha.update(f"{value!r};".encode())
     elif id(value) not in seen:  # a function may close over itself
@@ -126,6 +130,16 @@ def _feed_tensor(sha: Any, value: Tensor) -> None:
     sha.update(f"{value.dtype}{tuple(value.shape)};".encode())
     for part in torch.split(value.detach(), 1024) if value.dim() else [value.detach()]:
         sha.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _feed_examples(sha: Any, value: ExampleSource) -> None:
+    known = getattr(value, "sha256", None)
+    if isinstance(known, str):
+        sha.update(f"{known};".encode())
+        return
+    _feed_tensor(sha, value.labels)
+    for rows in torch.split(torch.arange(len(value.labels)), 1024):
+        _feed_tensor(sha, value.take(rows))
 
 
 def _parts(value: object) -> tuple[str, list[object]]:

@@ -86,11 +86,36 @@ def mixup(x: Tensor, alpha: float, generator: torch.Generator) -> tuple[Tensor, 
         The mixed images; ``(B,)`` positions of the other images, on the CPU; the share in [0, 1] that each image keeps,
         drawn from Beta(alpha, alpha) once for the batch.
     """
-    # torch draws from a Beta distribution with its global generator only.
-    seed = int(torch.randint(2**62, (), generator=generator))
-    share = float(np.random.default_rng(seed).beta(alpha, alpha))
+    share = _beta(alpha, generator)
     pairs = torch.randperm(len(x), generator=generator)
     return share * x + (1 - share) * x[pairs.to(x.device)], pairs, share
+
+
+def cutmix(x: Tensor, alpha: float, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    """Paste a box of another image of the batch into each of the ``(B, C, H, W)`` images, at the same place in all.
+
+    Returns:
+        The mixed images; ``(B,)`` positions of the other images, on the CPU; the share of its pixels in [0, 1] that
+        each image keeps: one minus that of a box drawn from Beta(alpha, alpha), of which what lies outside is cut off.
+    """
+    cut = (1 - _beta(alpha, generator)) ** 0.5
+    pairs = torch.randperm(len(x), generator=generator)
+    box = [_window(side, round(cut * side), generator) for side in x.shape[2:]]
+    mixed = x.clone()
+    mixed[:, :, box[0], box[1]] = x[pairs.to(x.device)][:, :, box[0], box[1]]
+    area = (box[0].stop - box[0].start) * (box[1].stop - box[1].start)
+    return mixed, pairs, 1 - area / (x.shape[2] * x.shape[3])
+
+
+def _window(side: int, length: int, generator: torch.Generator) -> slice:
+    start = int(torch.randint(side, (), generator=generator)) - length // 2
+    return slice(max(0, start), min(side, start + length))
+
+
+def _beta(alpha: float, generator: torch.Generator) -> float:
+    # torch draws from a Beta distribution with its global generator only.
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return float(np.random.default_rng(seed).beta(alpha, alpha))
 
 
 def _kornia(module: str) -> ModuleType:

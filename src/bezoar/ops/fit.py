@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bezoar.core.errors import SettingError
+from bezoar.core.examples import ExampleSource
 from bezoar.ops._checkpoint import Checkpoint, digest, settings
 from bezoar.ops._optim import Stepper
 from bezoar.ops.augment import as_float, augment, mixup
@@ -33,7 +34,7 @@ Progress = Callable[[int, int, float], None]
 
 def fit(
     model: nn.Module,
-    x: Tensor,
+    x: Tensor | ExampleSource,
     y: Tensor,
     recipe: Recipe,
     *,
@@ -49,7 +50,7 @@ def fit(
 
     Args:
         model: Takes ``(B, C, H, W)`` in [0, 1], gives ``(B, K)`` logits; parameters that need no gradient stay fixed.
-        x: ``(N, C, H, W)`` images in [0, 1], or uint8 in [0, 255].
+        x: ``(N, C, H, W)`` images in [0, 1], or uint8 in [0, 255]; or a source of them, read a batch at a time.
         y: ``(N,)`` labels.
         recipe: Optimiser, schedule and augmentation.
         seed: Order of the examples and augmentation.
@@ -74,6 +75,8 @@ def fit(
     if devices != 1:
         if objective is not None or stamp is not None:
             raise SettingError("only plain training can use several devices", "Set devices to 1")
+        if not isinstance(x, Tensor):
+            raise SettingError("only images in memory can be shared by several devices", "Set devices to 1")
         return fit_parallel(model, x, y, recipe, devices, seed=seed, progress=progress, checkpoint=checkpoint)
     identity = {} if checkpoint is None else _identity(model, x, y, recipe, seed, stamp, objective)
     kept = Checkpoint(checkpoint, identity, writes=worker.rank == 0)
@@ -88,7 +91,13 @@ def fit(
 
 
 def _identity(
-    model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, seed: int, stamp: Stamp | None, objective: Objective | None
+    model: nn.Module,
+    x: Tensor | ExampleSource,
+    y: Tensor,
+    recipe: Recipe,
+    seed: int,
+    stamp: Stamp | None,
+    objective: Objective | None,
 ) -> dict[str, str]:
     return {
         "recipe": digest(recipe),
@@ -114,7 +123,7 @@ class _Training:
     """One training and where it stands."""
 
     model: nn.Module
-    x: Tensor
+    x: Tensor | ExampleSource
     y: Tensor
     recipe: Recipe
     seed: int
@@ -130,7 +139,7 @@ class _Training:
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
         self.generator = torch.Generator().manual_seed(self.seed)
-        self.total = self.recipe.epochs * -(-len(self.x) // self.recipe.batch)
+        self.total = self.recipe.epochs * -(-len(self.y) // self.recipe.batch)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.stepper = Stepper(parameters, self.recipe, self.total, self.device)
         self.model.train()
@@ -147,7 +156,7 @@ class _Training:
                 kept.save(self.state_dict)
                 if progress is not None:
                     progress(self.done, self.total, loss)
-            self.losses.append(self.summed / len(self.x))
+            self.losses.append(self.summed / len(self.y))
             self.at, self.summed, self.order = 0, 0.0, None
             kept.save(self.state_dict, now=True)
 
@@ -157,12 +166,15 @@ class _Training:
                 # Right after a restart, torch takes a schedule's step for one that came before the optimiser's.
                 warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before")
                 self.objective.epoch(self.model, len(self.losses), self.recipe.epochs)
-        self.order = torch.randperm(len(self.x), generator=self.generator)
+        self.order = torch.randperm(len(self.y), generator=self.generator)
 
     def _batches(self, order: Tensor) -> list[Tensor]:
         parts = [self.worker.whole_shares(part) for part in torch.split(order, self.recipe.batch)]
         # BatchNorm cannot train on a single example.
         return [part for part in parts if len(part) > self.worker.world or len(order) == 1]
+
+    def _images(self, index: Tensor) -> Tensor:
+        return self.x[index] if isinstance(self.x, Tensor) else self.x.take(index)
 
     def _step(self, network: nn.Module, index: Tensor) -> float:
         with self.stepper.autocast():
@@ -171,13 +183,13 @@ class _Training:
         return self.worker.mean(loss.detach())
 
     def _own_loss(self, objective: Objective, index: Tensor) -> Tensor:
-        images = as_float(self.x[index].to(self.device))
+        images = as_float(self._images(index).to(self.device))
         change = partial(augment, recipe=self.recipe, generator=self.generator)
         batch = Batch(images, self.y[index].to(self.device), index, change, self.generator)
         return objective.loss(self.model, batch)
 
     def _plain_loss(self, network: nn.Module, index: Tensor) -> Tensor:
-        images, y = self.x[index], self.y[index].to(self.device)
+        images, y = self._images(index), self.y[index].to(self.device)
         if self.stamp is None:
             images = images.to(self.device)
         images = augment(as_float(images), self.recipe, self.generator)

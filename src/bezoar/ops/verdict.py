@@ -30,6 +30,11 @@ FAINT_CALIBRATION = (
     "feature can be as faint as a trigger, hence the confirmation by masks. Measured on others in docs/results.md"
 )
 
+UNCALIBRATED = (
+    "the bounds were set on another search, Neural Cleanse, and were not calibrated for this one, whose sizes spread "
+    "otherwise: take the verdict as a pointer and look at the figures"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RatioRule:
@@ -156,12 +161,18 @@ def judge(scan: Scan, names: tuple[str, ...], rule: RatioRule | None = None) -> 
         Rule(
             name="size-ratio",
             text=rule.text(scan.unit),
-            calibration=CALIBRATION if scan.unit == "px" else FAINT_CALIBRATION,
+            calibration=_calibration(scan),
             figures=figures,
         ),
         results,
         _labels(scan, names),
     )
+
+
+def _calibration(scan: Scan) -> str:
+    if not scan.calibrated:
+        return UNCALIBRATED
+    return CALIBRATION if scan.unit == "px" else FAINT_CALIBRATION
 
 
 def confirm(judgement: Judgement, masks: Scan, rule: RatioRule | None = None) -> Judgement:

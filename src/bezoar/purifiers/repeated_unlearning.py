@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -15,8 +16,10 @@ from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import InvertedTrigger
+from bezoar.ops.enlarge import changed, enlarged
 from bezoar.ops.fit import fit
 from bezoar.ops.objective import Batch
+from bezoar.purifiers._choose import agreement
 from bezoar.purifiers._objective import CleanLoss, enough_epochs, too_few_for_statistics
 from bezoar.purifiers._probe import MOST_LABELS, inverted
 from bezoar.purifiers._tuning import Tuning
@@ -26,6 +29,8 @@ from bezoar.scanners.neural_cleanse import NeuralCleanse
 
 #: Fewer steps than this for each of the passes asked for are too few to forget anything: then there are more passes.
 LEAST_STEPS = 5
+#: Share of answers that must stay the same under slight changes of the images, and how often each is changed.
+STEADY, STEADY_DRAWS = 0.6, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,10 @@ class RepeatedUnlearning(Tuning):
         distill: Weight of the divergence from the suspect model's answers on clean images.
         focus: Power of a trigger's smallness, against the usual one of its search, that says how often it is shown; 0
             shows all alike.
+        fill: A smaller set of more than one image is filled up to so many by slightly changed copies, unless the
+            suspect loses its answers under such changes (a warped trigger is one of them); 0 never does.
+        keep: Share of the suspect's weights in what comes out, where copies were added: few images teach a model less
+            than they cost it, and between the two sets of weights accuracy falls later than the backdoor, in [0, 1).
         pad: Random crop after padding by this many pixels, before the trigger is stamped.
         flip: Random horizontal flip, before the trigger is stamped.
         clip: Largest gradient norm; 0 switches clipping off.
@@ -56,7 +65,8 @@ class RepeatedUnlearning(Tuning):
     References:
         Ours, after Wang et al., "Neural Cleanse", IEEE S&P 2019, section VI-C, Zeng et al., "Adversarial Unlearning of
         Backdoors via Implicit Hypergradient", ICLR 2022 (one universal change, no labels), and Hinton et al.,
-        "Distilling the Knowledge in a Neural Network", 2015.
+        "Distilling the Knowledge in a Neural Network", 2015. The average of weights is after Wortsman et al., "Robust
+        fine-tuning of zero-shot models", CVPR 2022.
     """
 
     epochs: int = 20
@@ -66,6 +76,8 @@ class RepeatedUnlearning(Tuning):
     additive_steps: int = 20
     distill: float = 1.5
     focus: float = 3.0
+    fill: int = 128
+    keep: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,23 +85,49 @@ class RepeatedUnlearning(Tuning):
         self.require("share", 0 < self.share <= 1, "in (0, 1]")
         self.require("mask_steps", self.mask_steps >= 0, "at least 0")
         self.require("additive_steps", self.additive_steps + self.mask_steps > 0, "above 0 where mask_steps is 0")
-        for name in ("distill", "focus"):
+        for name in ("distill", "focus", "fill"):
             self.require(name, getattr(self, name) >= 0, "at least 0")
+        self.require("keep", 0 <= self.keep < 1, "in [0, 1)")
 
     def purify(self, model: nn.Module, clean: Clean, run: Run, triggers: dict[int, InvertedTrigger]) -> nn.Module:
         """See :class:`bezoar.core.method.Purifier`; the triggers are not used."""
         del triggers
+        if not 1 < len(clean.x) < self.fill or not _steady(model, clean, run):
+            self._forget(model, clean, run)
+            return model
+        suspect = {name: value.clone() for name, value in model.state_dict().items()}
+        x, y = enlarged(clean.x, clean.y, self.fill, run.generator("copies"))
+        self._forget(model, dataclasses.replace(clean, x=x, y=y), run)
+        run.notes["copies"] = len(x) - len(clean.x)
+        average(model, suspect, self.keep)
+        return model
+
+    def _forget(self, model: nn.Module, clean: Clean, run: Run) -> None:
         objective = _Forgetting(self, model, clean, run)
         epochs = enough_epochs(len(clean.x), self.batch, self.epochs, LEAST_STEPS * self.epochs)
         recipe = dataclasses.replace(self.recipe(), epochs=epochs)
         fit(model, clean.x, clean.y, recipe, seed=run.seed, objective=objective, progress=run.progress.training)
         run.notes["inversions"] = objective.inversions
-        return model
 
     def searches(self) -> list[tuple[Together, int]]:
         """The families of triggers and the steps of each search."""
         both = ((NeuralCleanse(), self.mask_steps), (AdditiveInversion(), self.additive_steps))
         return [(search, steps) for search, steps in both if steps]
+
+
+@torch.no_grad()
+def average(model: nn.Module, other: Mapping[str, Tensor], share: float) -> None:
+    """Put the weighted mean of a model's state and another one, of which a ``share`` is taken, into the model."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(other[name].to(value), share)
+
+
+def _steady(model: nn.Module, clean: Clean, run: Run) -> bool:
+    """Whether a model keeps most of its answers when the images change slightly."""
+    generator = run.generator("steady")
+    same = [agreement(model, clean.x, changed(clean.x, generator)) for _ in range(STEADY_DRAWS)]
+    return sum(same) >= STEADY * len(same)
 
 
 class _Forgetting(CleanLoss):

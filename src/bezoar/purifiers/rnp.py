@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,11 +12,8 @@ from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import InvertedTrigger
-from bezoar.ops.batches import passes
+from bezoar.ops.unlearning import Unlearning, epoch_of, predicted_counts, steps_of_epoch, stop_at, unlearn
 from bezoar.purifiers._masks import Learned, Pruning, device_of, gates_of, learn, train_mode
-
-#: 500 images in batches of 128, as in the paper, are 4 steps; of fewer images an epoch takes several passes.
-_LEAST_STEPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,33 +87,29 @@ class RNP(Pruning):
         Raises:
             FloatingPointError: The loss is no longer finite.
         """
-        stop = stop_at(clean.num_classes) if self.unlearn_accuracy is None else self.unlearn_accuracy
         train_mode(model, len(clean.x), run)
-        optimizer = torch.optim.SGD(model.parameters(), lr=self.unlearn_lr, momentum=self.momentum, weight_decay=5e-4)
-        for epoch in range(self.unlearn_epochs):
-            optimizer.param_groups[0]["lr"] = self.unlearn_lr * 0.1 ** ((epoch >= 10) + (epoch >= 20))
-            right = seen = 0
-            for step, (x, y) in enumerate(self._epoch(clean, run, "unlearn", epoch, device_of(model))):
-                out = logits(model, x)
-                self._ascend(model, optimizer, out, y)
-                right, seen = right + int((out.argmax(1) == y).sum()), seen + len(y)
-                self._tell(clean, run, epoch, step, float(F.cross_entropy(out.detach(), y)))
-            run.notes["unlearned_accuracy"], run.notes["unlearn_epochs"] = round(right / seen, 4), epoch + 1
-            if right / seen <= stop:
-                return
-        run.warnings.append(
-            f"Unlearning only brought the accuracy down to {right / seen:.0%}, not {stop:.0%}: raise unlearn_epochs"
+        done = unlearn(
+            model,
+            clean.x,
+            clean.y,
+            Unlearning(
+                lr=self.unlearn_lr,
+                epochs=self.unlearn_epochs,
+                accuracy=stop_at(clean.num_classes) if self.unlearn_accuracy is None else self.unlearn_accuracy,
+                clip=self.clip,
+                momentum=self.momentum,
+                batch=self.batch,
+                recipe=self.augmentation(),
+            ),
+            lambda epoch: run.generator("rnp", "unlearn", epoch),
+            lambda epoch, step, loss: self._tell(clean, run, epoch, step, loss),
         )
-
-    def _ascend(self, model: nn.Module, optimizer: torch.optim.Optimizer, out: Tensor, y: Tensor) -> None:
-        loss = -F.cross_entropy(out, y)
-        if not math.isfinite(float(loss.detach())):
-            raise FloatingPointError("the loss is not finite")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if self.clip:
-            nn.utils.clip_grad_norm_(model.parameters(), self.clip)
-        optimizer.step()
+        run.notes["unlearned_accuracy"], run.notes["unlearn_epochs"] = round(done.accuracy, 4), done.epochs
+        if not done.reached:
+            run.warnings.append(
+                f"Unlearning only brought the accuracy down to {done.accuracy:.0%}, not {done.wanted:.0%}: "
+                "raise unlearn_epochs"
+            )
 
     def recover(self, model: nn.Module, clean: Clean, run: Run) -> Learned:
         """Masks in [0, 1] by site that bring the accuracy back; the model's weights stay, its statistics too.
@@ -131,7 +121,11 @@ class RNP(Pruning):
         masks = {name: gain.requires_grad_() for name, gain in gates.gain.items()}
         device = device_of(model)
         batches = (
-            one for epoch in range(self.recover_epochs) for one in self._epoch(clean, run, "recover", epoch, device)
+            one
+            for epoch in range(self.recover_epochs)
+            for one in epoch_of(
+                clean.x, clean.y, self.batch, self.augmentation(), run.generator("rnp", "recover", epoch), device
+            )
         )
 
         def loss() -> Tensor:
@@ -149,42 +143,17 @@ class RNP(Pruning):
                 progress=lambda done, value: self._tell(clean, run, self.unlearn_epochs, done - 1, value),
             )
 
-    def _passes(self, clean: Clean) -> int:
-        return -(-_LEAST_STEPS // self._batches(clean))
-
-    def _batches(self, clean: Clean) -> int:
-        full, rest = divmod(len(clean.x), self.batch)
-        return full + (rest > 1 or full == 0)
-
     def _steps(self, clean: Clean) -> int:
         """Steps of an epoch."""
-        return self._passes(clean) * self._batches(clean)
-
-    def _epoch(
-        self, clean: Clean, run: Run, phase: str, epoch: int, device: torch.device
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = run.generator("rnp", phase, epoch)
-        for _ in range(self._passes(clean)):
-            yield from passes(
-                clean.x, clean.y, self.batch, generator, device=device, recipe=self.augmentation(), least=2
-            )
+        return steps_of_epoch(len(clean.x), self.batch)
 
     def _tell(self, clean: Clean, run: Run, epoch: int, step: int, loss: float) -> None:
         steps = self._steps(clean)
         run.progress.training(epoch * steps + step + 1, (self.unlearn_epochs + self.recover_epochs) * steps, loss)
 
 
-def stop_at(num_classes: int) -> float:
-    """Accuracy at which the clean task counts as unlearned: 0.2 for the paper's 10 classes."""
-    return min(max(2 / num_classes, 0.1), (1 + 1 / num_classes) / 2)
-
-
-@torch.no_grad()
 def note_label(model: nn.Module, clean: Clean, run: Run) -> None:
     """Note which label a model that unlearned the clean task gives most often: the backdoor's, if any."""
-    device = device_of(model)
-    with frozen(model):
-        given = torch.cat([logits(model, part.to(device)).argmax(1) for part in torch.split(clean.x, 256)])
-    counts = torch.bincount(given.cpu(), minlength=clean.num_classes)
+    counts = predicted_counts(model, clean.x, clean.num_classes)
     run.notes["suspected_label"] = int(counts.argmax())
     run.notes["suspected_share"] = round(float(counts.max() / counts.sum()), 4)

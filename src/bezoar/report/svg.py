@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from bezoar.core.results import Cleaning, LabelEvidence, LayerChange
+from bezoar.core.trained import CurvePoint
 from bezoar.report.wording import Band, has_size, number, percent, pixels, printable
 
 ROW = 24
@@ -315,6 +316,32 @@ def trade_off(points: Sequence[tuple[str, float, float]], width: int) -> Markup:
     parts.append(element("text", "ACC loss", class_="plot-text", x=middle, y=height - 6, text_anchor="middle"))
     parts.append(element("text", "ASR", class_="plot-text", x=4, y=12))
     return _svg(width, height, "ASR after the purifier over the ACC that it costs", *parts)
+
+
+def loss_curves(points: Sequence[CurvePoint], width: int) -> Markup:
+    """Median loss of the isolated examples and of the rest over the epochs, each with a band from 10 % to 90 %."""
+    height, left, bottom = 0.5 * width, 44.0, 40.0
+    across = Axis(max(1.0, float(points[-1].epoch)), left, width - 14.0)
+    up = Axis(_top([s.high for p in points for s in (p.isolated, p.rest)]), height - bottom, 14.0)
+    parts = [_grid(across, up, height - bottom)]
+    for name, kind in (("rest", "rest"), ("isolated", "isolated")):
+        spreads = [(across(float(p.epoch)), getattr(p, name)) for p in points]
+        edge = [(x, up(s.high)) for x, s in spreads] + [(x, up(s.low)) for x, s in reversed(spreads)]
+        parts.append(element("polygon", class_=f"curve-band {kind}", points=_path(edge)))
+        parts.append(element("polyline", class_=f"curve {kind}", points=_path((x, up(s.median)) for x, s in spreads)))
+        for x, one in spreads:
+            hint = f"{kind}: median {number(one.median)}, 10 % {number(one.low)}, 90 % {number(one.high)}"
+            parts.append(
+                element("circle", element("title", hint), class_=f"curve-dot {kind}", cx=x, cy=up(one.median), r=3)
+            )
+    middle = (left + width) / 2
+    parts.append(element("text", "epoch", class_="plot-text", x=middle, y=height - 6, text_anchor="middle"))
+    parts.append(element("text", "loss", class_="plot-text", x=4, y=12))
+    return _svg(width, height, "Loss of the isolated examples and of the rest over the first epochs", *parts)
+
+
+def _path(points: Iterable[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
 def _grid(across: Axis, up: Axis, floor: float) -> Markup:

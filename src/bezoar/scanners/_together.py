@@ -95,7 +95,8 @@ class Together(Scanner):
             if number and run.spendable <= 0:
                 run.budget_spent = True
                 break
-            found.append(self.look(model, clean, run, seed, self._wanted(clean, run.seed, found)))
+            wanted = wanted_labels(clean, run.seed, found, self.labels, self.candidates, self.reference_labels)
+            found.append(self.look(model, clean, run, seed, wanted))
             run.progress.seed_done()
         _, height, width = clean.shape
         return self.finish(
@@ -110,24 +111,6 @@ class Together(Scanner):
     def check(self, model: nn.Module, clean: Clean, run: Run) -> None:
         """Refuse a model that the search cannot work on."""
         require_independent_rows(model, clean.x[:4].to(run.device))
-
-    def _wanted(self, clean: Clean, root: int, found: list[SeedScan]) -> Wanted:
-        """Labels to look at and, of these, those that median and MAD are taken from.
-
-        Later seeds repeat the smallest labels of the first one and the reference labels.
-        """
-        everything = range(clean.num_classes)
-        if clean.num_classes <= self.reference_labels + self.candidates:
-            reference = list(everything)
-        else:
-            order = torch.randperm(clean.num_classes, generator=Run(seed=root).generator("reference labels"))
-            reference = sorted(order[: self.reference_labels].tolist())
-        chosen: Iterable[int] = self.labels or everything
-        if found:
-            first = found[0].labels
-            seen = [(first[label].status == "failed", first[label].size, label) for label in chosen if label in first]
-            chosen = [label for _, _, label in sorted(seen)[: self.candidates]]
-        return sorted({*chosen, *reference}), reference
 
     def look(self, model: nn.Module, clean: Clean, run: Run, seed: int, wanted: Wanted) -> SeedScan:
         """One seed; ``wanted`` are the labels to look at and those of them that median and MAD are taken from."""
@@ -227,6 +210,27 @@ class Together(Scanner):
         if best == float("inf"):  # never worked: the size that it has now bounds nothing
             return LabelScan(float(search.current[row]), float("nan"), "failed", reference, search.trigger(row))
         return LabelScan(best, float("nan"), status, reference, search.trigger(row))
+
+
+def wanted_labels(
+    clean: Clean, root: int, found: list[SeedScan], labels: tuple[int, ...], candidates: int, reference_labels: int
+) -> Wanted:
+    """Labels to look at and, of these, those that median and MAD are taken from.
+
+    Later seeds repeat the smallest labels of the first one and the reference labels.
+    """
+    everything = range(clean.num_classes)
+    if clean.num_classes <= reference_labels + candidates:
+        reference = list(everything)
+    else:
+        order = torch.randperm(clean.num_classes, generator=Run(seed=root).generator("reference labels"))
+        reference = sorted(order[:reference_labels].tolist())
+    chosen: Iterable[int] = labels or everything
+    if found:
+        first = found[0].labels
+        seen = [(first[label].status == "failed", first[label].size, label) for label in chosen if label in first]
+        chosen = [label for _, _, label in sorted(seen)[:candidates]]
+    return sorted({*chosen, *reference}), reference
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ class AdditiveInversion(Together):
 
     unit: ClassVar[Unit] = "rms"
     phase: ClassVar[str] = "scan for faint changes"
+    alone: ClassVar[bool] = False  # natural features can be as faint as a trigger: masks must confirm it
 
     steps: int = 60
     lr: float = 0.05

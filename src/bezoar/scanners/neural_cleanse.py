@@ -12,7 +12,7 @@ from torch import nn
 
 from bezoar.core.errors import BudgetSpent
 from bezoar.core.evidence import LabelScan, Scan, SeedScan, Unit
-from bezoar.core.method import Clean
+from bezoar.core.method import Clean, Scanner
 from bezoar.core.run import Run
 from bezoar.core.space import MaskedSpace
 from bezoar.ops.cost import CostController
@@ -20,9 +20,12 @@ from bezoar.ops.reference import invert_label
 from bezoar.ops.verdict import size_ratio
 from bezoar.scanners._refine import refine
 from bezoar.scanners._together import Together, Wanted, held_out, pack, unpack
+from bezoar.scanners.additive_inversion import AdditiveInversion
 
 # At this ratio to the median of the other labels or below, the leading label gets a second look.
 _WORTH_REFINING = 0.6
+#: Settings that the search for faint changes takes over.
+_SHARED = ("seeds", "labels", "batch", "reach", "loss", "candidates", "reference_labels", "chunk", "precision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,12 @@ class NeuralCleanse(Together):
     def space(self, shape: tuple[int, int, int]) -> MaskedSpace:
         """See :class:`Together`."""
         return MaskedSpace(shape, start_mask=self.start_mask)
+
+    def beside(self) -> tuple[Scanner, ...]:
+        """See :class:`bezoar.core.method.Scanner`: a search for faint changes, in ``fast`` mode."""
+        if self.mode != "fast":
+            return ()
+        return (AdditiveInversion(**{name: getattr(self, name) for name in _SHARED}),)
 
     def finish(self, model: nn.Module, clean: Clean, run: Run, found: Scan) -> Scan:
         """See :class:`Together`: look for a smaller trigger of the leading label."""

@@ -1,0 +1,162 @@
+"""ABL against plain training on poisoned and clean Fashion-MNIST: ACC, ASR, and how many isolated examples are poison.
+
+    python benchmarks/abl.py --threads 1
+    python benchmarks/abl.py --only badnets,clean --trainers abl --set isolation=lga
+    python benchmarks/abl.py --table
+
+Each run is one line of ``benchmarks/results/abl.jsonl``; one that is there is not done again, and a killed one goes on
+from its checkpoints in the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import CACHE
+
+from bezoar.attacks._attack import Examples, GroundTruth, Training
+from bezoar.core.examples import InMemory
+from bezoar.core.fields import fields_from
+from bezoar.core.registry import find
+from bezoar.core.run import Run
+from bezoar.evaluation.measures import measure
+from bezoar.evaluation.splits import Splits, read_splits
+from bezoar.nets.registry import find as find_net
+from bezoar.ops.fit import Recipe
+from bezoar.training import curve
+
+RESULTS = Path(__file__).parent / "results" / "abl.jsonl"
+OUT = CACHE.parent / "abl"
+DATA, ARCH = "fashion-mnist", "convnet-16-bn"
+ATTACKS = ("clean", "badnets", "blend", "sig", "wanet", "ftrojan", "smooth", "label-consistent", "adaptive-blend")
+#: Equal passes over the data with the rest of the recipe the same; isolation comes on top.
+SETTINGS = {"plain": ("epochs=10", "pad=2"), "abl": ("epochs=10", "pad=2", "schedule=onecycle")}
+
+
+def read() -> list[dict[str, Any]]:
+    """All lines so far."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def network() -> torch.nn.Module:
+    """The net that all train."""
+    found = find_net(ARCH)
+    assert found is not None
+    return found[0](10, 1, 28)
+
+
+def poisoned(name: str, splits: Splits, seed: int, device: torch.device) -> tuple[Examples, torch.Tensor, Any]:
+    """The training set, which of its examples are poisoned, and the ground truth."""
+    count = len(splits.train.y)
+    if name == "clean":
+        return splits.train, torch.zeros(count, dtype=torch.bool), None
+    # A helper network of the attack, where it needs one.
+    helper = Training(
+        network, Recipe(epochs=6, lr=0.1), Run(seed=seed, device=device), OUT / "helpers" / f"{name}-{seed}"
+    )
+    found = find("attacks", name)(seed=seed).poison(splits.train, helper)
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[found.index] = True
+    return found.data, mask, found.truth
+
+
+def run_one(key: dict[str, Any], splits: Splits, device: torch.device) -> dict[str, Any]:
+    """One training; its line."""
+    data, poison, truth = poisoned(key["attack"], splits, key["seed"], device)
+    kind = find("trainers", key["trainer"])
+    trainer = kind(**fields_from(kind, key["trainer"], "--set", tuple(key["settings"].split())))
+    folder = OUT / "_".join(map(str, key.values())).replace(" ", "_").replace("/", "-")[:150]
+    run, start = Run(seed=key["seed"], device=device), time.perf_counter()
+    found = trainer(network, InMemory(data.x, data.y, data.num_classes), run, folder)
+    seconds = time.perf_counter() - start
+    measured = measure(found.model, splits.test.x, splits.test.y, truth if isinstance(truth, GroundTruth) else None)
+    line: dict[str, Any] = {
+        **key,
+        "acc": round(measured.acc.value, 4),
+        "asr": [round(plant.asr.value, 4) for plant in measured.plants],
+        "poisoned": int(poison.sum()),
+        "notes": run.notes,
+        "warnings": run.warnings,
+        "seconds": round(seconds, 1),
+    }
+    if len(found.suspects):
+        isolated = torch.zeros(len(data.y), dtype=torch.bool)
+        isolated[found.suspects] = True
+        line["precision"] = round(float(poison[isolated].float().mean()), 4)
+        line["curve"] = [
+            {
+                "epoch": one.epoch,
+                "isolated": [round(v, 5) for v in vars(one.isolated).values()],
+                "rest": [round(v, 5) for v in vars(one.rest).values()],
+            }
+            for one in curve(found.losses, isolated)
+        ]
+    if found.losses is not None and bool(poison.any()):
+        line["median_loss"] = [
+            {"poison": round(float(row[poison].median()), 5), "clean": round(float(row[~poison].median()), 5)}
+            for row in found.losses
+        ]
+    return line
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table, one line a run."""
+    lines = [
+        "| attack | trainer | seed | ACC | ASR | isolation precision | unlearned |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        asr = f"{100 * min(row['asr']):.1f}" if row["asr"] else "-"
+        precision = f"{100 * row['precision']:.1f}" if "precision" in row else "-"
+        name = f"{row['trainer']} {row['settings']}".strip()
+        lines.append(
+            f"| {row['attack']} | {name} | {row['seed']} | {100 * row['acc']:.1f} | {asr} | {precision} | "
+            f"{row['notes'].get('unlearned', '-')} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", default="", help="attacks to run, comma-separated")
+    parser.add_argument("--trainers", default="plain,abl", help="comma-separated")
+    parser.add_argument("--set", action="append", default=[], help="a further setting, for all trainers that are run")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--images", type=int, default=None, help="most training images; all by default")
+    parser.add_argument("--table", action="store_true", help="print the table of what is there")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(read()))
+        return
+    torch.set_num_threads(arguments.threads)
+    splits = read_splits(DATA, limit=arguments.images)
+    only = set(filter(None, arguments.only.split(",")))
+    for seed in range(arguments.seeds):
+        for attack in (one for one in ATTACKS if not only or one in only):
+            for trainer in arguments.trainers.split(","):
+                settings = " ".join([*SETTINGS.get(trainer, ()), *arguments.set])
+                key = {
+                    "attack": attack,
+                    "trainer": trainer,
+                    "settings": settings,
+                    "images": len(splits.train.y),
+                    "seed": seed,
+                }
+                if any(all(row[name] == value for name, value in key.items()) for row in read()):
+                    continue
+                row = run_one(key, splits, torch.device(arguments.device))
+                RESULTS.parent.mkdir(exist_ok=True)
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print({k: v for k, v in row.items() if k not in ("curve", "median_loss")}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

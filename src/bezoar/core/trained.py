@@ -1,0 +1,137 @@
+"""What a training on untrusted data found: dataclasses that go to JSON and back, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from bezoar.core.errors import DataError
+from bezoar.core.plain import built, plain
+from bezoar.core.results import DataFacts, RunFacts
+
+SCHEMA = "bezoar.train/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFindings:
+    """What was seen in the data before the training.
+
+    Attributes:
+        unreadable: Images that were left out.
+        unreadable_examples: Some of them, with the reason.
+        duplicates: Examples whose pixels came before.
+        duplicate_examples: Some of them, each with the one that came before.
+        conflicts: Examples whose pixels also stand under another label.
+        conflict_examples: Some of them, with their labels.
+        empty: Labels without any example.
+        notes: What the reader of the data had to say.
+    """
+
+    unreadable: int
+    unreadable_examples: tuple[str, ...]
+    duplicates: int
+    duplicate_examples: tuple[str, ...]
+    conflicts: int
+    conflict_examples: tuple[str, ...]
+    empty: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelShare:
+    """A label, its examples, and how many of them were isolated."""
+
+    label: int
+    name: str
+    count: int
+    suspects: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """10 %, 50 % and 90 % quantile of a loss."""
+
+    low: float
+    median: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """The loss of the isolated examples and of the rest after so many epochs."""
+
+    epoch: int
+    isolated: Spread
+    rest: Spread
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """A share of ``count`` images in [0, 1], with its 95 % Wilson interval."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReport:
+    """Everything a training on untrusted data has to say.
+
+    Attributes:
+        method, config: Which trainer, and its settings.
+        arch, parameters: The network, and how many parameters it has.
+        shape: ``(C, H, W)`` of the images that it takes.
+        data, findings: What it was trained on.
+        test: The clean test images, where some were given.
+        acc: Accuracy on them.
+        kept_acc: Share of the examples that were not isolated that are given their label; says nothing of other images.
+        suspects: Number of isolated examples.
+        labels: All labels, the one with most isolated examples first.
+        curve: Losses over the first epochs; empty where none were kept.
+        notes: What the method found out on the way.
+        warnings: What the user should know.
+        files: SHA-256 of each file that was written, by name.
+        run: All that differs from run to run.
+    """
+
+    method: str
+    config: dict[str, Any]
+    arch: str
+    parameters: int
+    shape: tuple[int, ...]
+    data: DataFacts
+    findings: DataFindings
+    test: DataFacts | None
+    acc: Accuracy | None
+    kept_acc: Accuracy
+    suspects: int
+    labels: tuple[LabelShare, ...]
+    curve: tuple[CurvePoint, ...]
+    notes: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict)
+    run: RunFacts
+    schema: str = SCHEMA
+
+    def to_json(self) -> str:
+        """As JSON text, ending in a newline."""
+        return json.dumps(plain(self), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read back what :meth:`to_json` wrote.
+
+        Raises:
+            DataError: It is no such report.
+        """
+        try:
+            raw = json.loads(text)
+            if raw.get("schema") != SCHEMA:
+                raise ValueError(f"schema {raw.get('schema')!r}")
+            made: Self = built(cls, raw)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise DataError(f"not a report of a training: {error}", "Give the report.json of bezoar train") from None
+        return made
