@@ -47,6 +47,10 @@ VICTIMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("sig", ()),
     ("badnets", ("rate=0.01",)),
     ("blend", ("rate=0.01",)),
+    ("ftrojan", ()),
+    ("smooth", ()),
+    ("tact", ()),
+    ("adaptive-blend", ()),
 )
 
 

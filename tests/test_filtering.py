@@ -238,6 +238,13 @@ def test_killed_run_keeps_its_features_and_a_finished_one_clears_them(monkeypatc
     assert not list(kept.glob("*/features.npy"))
 
 
+def test_clean_images_choose_a_filter_that_uses_them():
+    x, y, _ = toy_data()
+    model = trained(backdoored=True)
+    assert bezoar.filter_data(model, (x, y)).report.method == "spectral-signatures"
+    assert bezoar.filter_data(model, (x, y), clean=images(120, seed=7)).report.method == "scan"
+
+
 def test_wrong_settings_are_refused():
     x, y, _ = toy_data()
     model = trained(backdoored=True)

@@ -127,11 +127,16 @@ class Filtered:
         )
 
 
+def default_filter(clean: bool) -> str:
+    """Name of the filter to take where none is named, with or without clean examples at hand."""
+    return "scan" if clean else "spectral-signatures"
+
+
 def filter_data(
     model: str | Path | nn.Module,
     data: Any,
     *,
-    method: Filter | str = "spectral-signatures",
+    method: Filter | str | None = None,
     clean: Any = None,
     out: str | Path | None = None,
     limit: int | None = None,
@@ -148,7 +153,7 @@ def filter_data(
     Args:
         model: Any module that maps ``(B, C, H, W)`` to ``(B, K)`` logits, or the path of a model file or folder.
         data: The training set: what :func:`bezoar.io.untrusted.open_untrusted` reads, or what it gave.
-        method: A filter with its settings, or its name.
+        method: A filter with its settings, or its name; None is ``default_filter(clean is not None)``.
         clean: Clean images with labels, for the methods that need some.
         out: Folder to write suspects, positions to keep, contact sheet and report to.
         limit: Look at so many examples at most, as many of each label as there are.
@@ -161,6 +166,7 @@ def filter_data(
     Raises:
         BezoarError: Model, data or settings cannot be used; the message says what to do.
     """
+    method = default_filter(clean is not None) if method is None else method
     found = find("filters", method)() if isinstance(method, str) else method
     model_options, options = _settings(settings, model_options or ModelOptions(), options or RunOptions())
     job = _Job(model, data, found, clean, limit, max_unreadable, model_options, options, report)

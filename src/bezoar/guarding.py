@@ -323,10 +323,15 @@ def _facts(
 
 
 def _warnings(fitted: FittedGuard, limit: Threshold) -> list[str]:
-    if limit.value < fitted.method.highest(fitted.state):
-        return []
-    name = method_name(type(fitted.method))
-    return [f"at an FPR of {limit.fpr:.1%} {name} flags nothing: clean images reach its highest score; try another one"]
+    name, allowed = method_name(type(fitted.method)), int(limit.fpr * limit.count)
+    if limit.value >= fitted.method.highest(fitted.state):
+        return [f"{name} flags nothing: too many clean images reach its highest score; try another guard"]
+    if limit.flagged < allowed / 2:
+        return [
+            f"clean images tie under {name}: it flags {limit.flagged} of {limit.count} where {allowed} were allowed, "
+            "and misses the more; try another guard"
+        ]
+    return []
 
 
 def _examples(session: Session) -> Tensor:

@@ -32,7 +32,7 @@ def data_(
     *,
     model: str,
     out: Path,
-    method: str = "spectral-signatures",
+    method: str | None = None,
     clean: str | None = None,
     images: int = 1000,
     limit: int | None = None,
@@ -53,7 +53,7 @@ def data_(
     Train a model on the data first, as you would anyway; then look through it:
 
         bezoar filter data train/ --model student.pth --arch wrn-16-1 --out found/
-        bezoar filter data train/ --model student.pth --arch wrn-16-1 --method scan --clean clean.npz --out found/
+        bezoar filter data train/ --model student.pth --arch wrn-16-1 --clean clean.npz --out found/
 
     It leaves found/contact-sheet.html to look at, found/suspects.csv (most suspicious first), and
     found/clean_index.npy, the positions of all others: numpy.load gives them, to train again without the suspects.
@@ -73,8 +73,8 @@ def data_(
             name.
         model: Model file or folder, trained on this data, see bezoar scan.
         out: Folder for suspects.csv, clean_index.npy, contact-sheet.html and report.json.
-        method: Filter, see bezoar methods.
-        clean: Clean images with labels, for scan and beatrix.
+        method: Filter, see bezoar methods; by default scan with --clean, else spectral-signatures.
+        clean: A few clean images with labels, for scan and beatrix; with them poison is found far better.
         images: Most clean images to use, as many of each class as there are.
         limit: Look at so many examples at most, as many of each label as there are.
         max_unreadable: Share of the images that may be unreadable; they are left out.
@@ -87,12 +87,12 @@ def data_(
         json: Print the report as JSON instead of the summary.
         quiet: No progress and no summary; the exit code tells.
     """
-    from bezoar.filtering import filter_data
+    from bezoar.filtering import default_filter, filter_data
 
     _output.check_folder(out)
     if limit is not None and limit < 2:
         raise SettingError(f"--limit must be at least 2, got {limit}")
-    found = _output.method_from("filters", method, {}, set_)
+    found = _output.method_from("filters", method or default_filter(clean is not None), {}, set_)
     options = RunOptions(
         images=images, seed=seed, budget=_output.seconds(budget), device=device, threads=threads, resume=resume
     )

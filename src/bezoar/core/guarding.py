@@ -145,14 +145,14 @@ class FittedGuard:
             raise DataError(f"expected images of shape {self.shape}, got {tuple(x.shape[1:])}")
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         state = {name: value.to(device) for name, value in self.state.items()}
-        found = []
+        found: list[Tensor] = []
         with frozen(self.model), torch.no_grad():
             head = self.method.reads(self.model, torch.zeros(1, *self.shape, device=device))
             see = seer(self.model, head)
             for part in torch.split(x, max(1, _AT_ONCE // self.method.passes())):
                 if run is not None:
                     run.check()
-                    run.progress.report("guard", sum(map(len, found)), len(x), "")
+                    run.progress.report("guard", sum(len(one) for one in found), len(x), "")
                 images = part.to(device)
                 images = images.float() if images.is_floating_point() else images.float() / 255
                 found.append(self.method.look(see, state, images)[1].float().cpu())
