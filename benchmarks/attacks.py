@@ -50,6 +50,7 @@ ATTACKS: list[tuple[str, tuple[str, ...], str, int]] = [
     ("sig", (), "clean label", 3),
     ("sig", ("variant=wrapped",), "clean label", 1),
     ("label-consistent", (), "clean label", 1),
+    ("label-consistent", ("epsilon=8/255",), "clean label", 1),
     ("label-consistent", ("epsilon=64/255",), "clean label", 1),
     ("feature-collision", (), "clean label", 1),
     ("feature-collision", ("size=18",), "clean label", 1),

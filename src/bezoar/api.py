@@ -23,6 +23,7 @@ from bezoar.core.results import Cleaning, LayerChange, Report, Verdict, write_at
 from bezoar.core.run import Report as Told
 from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import InvertedTrigger, Trigger, trigger_of, trigger_tensors
+from bezoar.evidence import scorers
 from bezoar.io.containers import sha256
 from bezoar.io.models import save_model
 from bezoar.io.suspects import read_suspects
@@ -138,6 +139,7 @@ def scan(
     made, model_options, options = _settings(
         settings, _scanner(method), model_options or ModelOptions(), options or RunOptions()
     )
+    scorers(options.evidence)  # a wrong name is told before the work
     with open_session(model, data, model_options, options, report) as session:
         return _scan(session, made)
 

@@ -44,6 +44,7 @@ class RunOptions:
         device: Such as cpu or cuda:0; auto takes CUDA where there is one.
         threads: CPU threads; 0 leaves it to torch.
         additive: Also search for faint changes of the whole image, such as blended pictures and waves.
+        evidence: Names of scorers to ask as well, or ``all``; what they say is shown and decides nothing.
         resume: Keep checkpoints, and go on where a killed run of the same command stopped.
     """
 
@@ -54,6 +55,7 @@ class RunOptions:
     device: str = "auto"
     threads: int = 0
     additive: bool = True
+    evidence: tuple[str, ...] = ()
     resume: bool = False
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from bezoar.core.results import Example, Report, Search, TriggerFacts
 from bezoar.core.run import Progress
 from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import InvertedTrigger, MaskedTrigger, Trigger
+from bezoar.evidence import gather
 from bezoar.ops.verdict import Judgement, confirm, judge, lead
 from bezoar.report.wording import sentence
 from bezoar.session import SCAN_HELD_OUT, Session
@@ -53,6 +54,7 @@ def scan_session(session: Session, method: Scanner) -> tuple[Report, dict[int, I
     main = looks[lead([look.judgement for look in looks])]
     others = [look for look in looks if look is not main]
     judged = main.judgement
+    evidence, unheard = gather(session)
     with session.phase("report"):
         pictures = _pictures(session, main)
         searches = tuple(_search(session, look) for look in others)
@@ -71,7 +73,8 @@ def scan_session(session: Session, method: Scanner) -> tuple[Report, dict[int, I
         seeds=judged.seeds,
         triggers=pictures,
         searches=searches,
-        warnings=(*session.warnings, *_also_found(judged, others)),
+        evidence=evidence,
+        warnings=(*session.warnings, *unheard, *_also_found(judged, others)),
         run=session.facts(),
     )
     for one in methods:

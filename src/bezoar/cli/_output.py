@@ -106,9 +106,9 @@ class RunFlags:
     additive: bool = True
     resume: bool = True
 
-    def make(self, budget: str) -> RunOptions:
+    def make(self, budget: str, evidence: tuple[str, ...] = ()) -> RunOptions:
         """The options of the library."""
-        return RunOptions(**dataclasses.asdict(self), budget=seconds(budget))
+        return RunOptions(**dataclasses.asdict(self), budget=seconds(budget), evidence=evidence)
 
 
 def seconds(text: str) -> float | None:

@@ -73,6 +73,7 @@ def scan(
     mode: Literal["fast", "reference"] = "fast",
     seeds: int = 3,
     labels: str = "",
+    evidence: str = "",
     budget: str = "",
     model_flags: Annotated[_output.ModelFlags, Flat] = _MODEL,
     flags: Annotated[_output.RunFlags, Flat] = _RUN,
@@ -100,6 +101,7 @@ def scan(
         mode: fast, or the paper's own procedure, label by label (far slower, and without the search for faint changes).
         seeds: Seeds to scan with; they must agree for a verdict.
         labels: Labels that can be the target, such as 3,7,10-14; all by default.
+        evidence: Scorers to ask as well, such as mm-bd,k-arm, or all; what they say is shown and decides nothing.
         budget: Time allowed, such as 90s, 2m or 1h; the answer is then the best so far.
         set_: A setting of the method, such as --set steps=200.
         quiet: No progress and no summary; the exit code tells.
@@ -117,7 +119,7 @@ def scan(
             data,
             method=method,
             model_options=model_flags.make(),
-            options=flags.make(budget),
+            options=flags.make(budget, evidence=tuple(filter(None, evidence.replace(" ", "").split(",")))),
             report=report,
         )
     saved = None if out is None else result.save(out)

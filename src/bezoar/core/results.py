@@ -181,6 +181,40 @@ class Search:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelScore:
+    """How suspicious one label is to a scorer, higher for more."""
+
+    label: int
+    name: str
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What a scorer says beside the searches; no verdict rests on it.
+
+    Attributes:
+        method, config: The scorer and its settings.
+        meaning: What its scores are, in words.
+        score: Of the model as a whole, higher for more suspicious.
+        suspect: What the paper's own rule says, or None where it has none.
+        pvalue: The paper's own, or None.
+        labels: The most suspicious labels, first the leading one.
+        source, target: The most suspicious pair, for scorers that tell source-specific backdoors apart.
+    """
+
+    method: str
+    config: dict[str, Any]
+    meaning: str
+    score: float
+    suspect: bool | None
+    pvalue: float | None
+    labels: tuple[LabelScore, ...]
+    source: int | None = None
+    target: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerChange:
     """How much one tensor changed: L2 norm of the difference relative to that of the original."""
 
@@ -272,7 +306,8 @@ class Report:
     """A scan, a purification, or both, in full; the HTML report is made from it alone.
 
     Where several families of triggers were searched, ``method`` to ``triggers`` are those of the search that leads: the
-    one that found the backdoor, or else came closest. ``searches`` are the others.
+    one that found the backdoor, or else came closest. ``searches`` are the others. ``evidence`` is what scorers say
+    beside them.
     """
 
     verdict: Verdict | None
@@ -289,6 +324,7 @@ class Report:
     seeds: tuple[SeedResult, ...] = ()
     triggers: tuple[TriggerFacts, ...] = ()
     searches: tuple[Search, ...] = ()
+    evidence: tuple[Evidence, ...] = ()
     cleaning: Cleaning | None = None
     warnings: tuple[str, ...] = ()
     run: RunFacts

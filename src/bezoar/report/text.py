@@ -6,6 +6,7 @@ import textwrap
 
 from bezoar.core.results import LabelEvidence, Report, Search
 from bezoar.report import cleaned, wording
+from bezoar.report.scored import scored
 from bezoar.report.wording import percent, pixels, printable
 
 MAX_LINES = 25
@@ -52,6 +53,7 @@ def _scan_rows(report: Report) -> list[tuple[str, str]]:
             rows.append(("Size ratio", f"{value} of the median of the other labels (suspect: at most {bound})"))
         rows.append(("Anomaly index", f"{wording.number(evidence.index)} (decides nothing)"))
     rows += [_search_row(report, search) for search in report.searches]
+    rows += [(one.method, scored(report, one)) for one in report.evidence]
     if report.seeds and evidence is not None:
         rows.append(("Seeds", " ".join(wording.votes(report))))
     return rows

@@ -1,0 +1,111 @@
+"""What scorers say beside a scan: gathered, shown, and no part of the verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+import bezoar
+from bezoar.core.errors import SettingError, UnsupportedModel
+from bezoar.core.evidence import Scores
+from bezoar.core.results import Evidence, LabelScore, Report
+from bezoar.evidence import scorers
+from bezoar.report.html import render
+from bezoar.report.scored import scored
+from bezoar.report.text import summary
+from bezoar.scorers.channel_lipschitz import ChannelLipschitz
+from bezoar.scorers.unlearned_labels import UnlearnedLabels
+from tests.report import samples
+from tests.toys import LABELS, images, trained
+
+QUICK = {"seeds": 1, "additive": False, "resume": False}
+TWO = ("channel-lipschitz", "unlearned-labels")
+
+
+def scan(**options) -> Report:
+    return bezoar.scan(trained(backdoored=True), images(120, seed=7), **QUICK | options).report
+
+
+def given(**changes) -> Evidence:
+    labels = (LabelScore(label=5, name="dog", score=2.5), LabelScore(label=2, name="bird", score=0.25))
+    whole = Evidence(
+        method="k-arm", config={}, meaning="a logarithm", score=2.5, suspect=True, pvalue=0.0321, labels=labels
+    )
+    return dataclasses.replace(whole, **changes)
+
+
+def test_names_and_all():
+    assert scorers(()) == {}
+    assert list(scorers(TWO)) == list(TWO)
+    assert set(scorers(("all",))) > set(TWO)
+    with pytest.raises(SettingError, match="no method 'mm'"):
+        scorers(("mm",))
+    with pytest.raises(SettingError, match="twice"):
+        scorers((TWO[0], TWO[0]))
+
+
+def test_evidence_stands_in_the_report_and_leaves_the_verdict_alone():
+    bare, report = scan(), scan(evidence=TWO)
+    assert bare.evidence == ()
+    assert [one.method for one in report.evidence] == list(TWO)
+    assert (report.verdict, report.target, report.rule) == (bare.verdict, bare.target, bare.rule)
+    unlearned = report.evidence[1]
+    values = [one.score for one in unlearned.labels]
+    assert len(values) == LABELS
+    assert values == sorted(values, reverse=True)
+    assert unlearned.score == values[0]
+    assert unlearned.config == UnlearnedLabels().config()
+    assert Report.from_json(report.to_json()) == report
+
+
+def test_wrong_name_is_told_before_the_model_is_read():
+    with pytest.raises(SettingError, match="no method"):
+        bezoar.scan("no-such-file.pth", "no-such-data", evidence=("mmbd",))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(UnsupportedModel("it has no such layer"), "no evidence of channel-lipschitz: it has no such layer")],
+)
+def test_scorer_that_cannot_work_leaves_a_warning(monkeypatch, error, said):
+    def fail(*_: object) -> Scores:
+        raise error
+
+    monkeypatch.setattr(ChannelLipschitz, "scores", fail)
+    report = scan(evidence=TWO)
+    assert [one.method for one in report.evidence] == [TWO[1]]
+    assert said in report.warnings
+
+
+def test_without_time_left_it_is_said(monkeypatch):
+    report = scan(evidence=TWO, budget=0.05)
+    assert report.evidence == ()
+    assert sum("no time was left" in one for one in report.warnings) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({}, "label 5 (dog), score 2.5, next 0.25; its own rule says backdoored"),
+        ({"suspect": None}, "label 5 (dog), score 2.5, next 0.25"),
+        ({"suspect": False, "source": 3, "target": 5}, "label 5 (dog) from 3 (cat), score 2.5"),
+        ({"labels": ()}, "no label was looked at"),
+    ],
+)
+def test_one_line(changes, text):
+    assert scored(samples.backdoored(), given(**changes)).startswith(text)
+
+
+def test_shown_in_summary_and_page():
+    report = dataclasses.replace(samples.clean(), evidence=(given(pvalue=None), given(method="mm-bd", suspect=False)))
+    assert "k-arm" in summary(report, 100)
+    page = render(report)
+    assert "Further evidence" in page
+    assert "0.0321" in page
+    assert "Further evidence" not in render(samples.clean())
+
+
+def test_names_are_escaped_on_the_page():
+    bad = given(meaning="<script>x</script>", labels=(LabelScore(label=0, name="<b>", score=1.0),))
+    assert "<script>x" not in render(dataclasses.replace(samples.clean(), evidence=(bad,)))
