@@ -16,6 +16,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -88,15 +89,14 @@ def runtime_ratio(folder: Path, guarded: Guarded, x: Tensor) -> float | None:
         write_onnx(export_program(alone, x[:2]), alone, x[:2], folder / "bare.onnx", ["logits"])
     except BezoarError:
         return None
-    taken = []
-    for name in ("bare.onnx", "guarded.onnx"):
-        session, seconds = OnnxSession(folder / name), []
-        for _ in range(RUNS + 1):
+    sessions = [OnnxSession(folder / name) for name in ("bare.onnx", "guarded.onnx")]
+    taken: tuple[list[float], list[float]] = ([], [])
+    for _ in range(RUNS + 1):  # in turn, so that a busy machine slows both
+        for session, seconds in zip(sessions, taken, strict=True):
             start = time.perf_counter()
             session(x[:1])
             seconds.append(time.perf_counter() - start)
-        taken.append(sorted(seconds[1:])[RUNS // 2])
-    return taken[1] / taken[0]
+    return median(taken[1][1:]) / median(taken[0][1:])
 
 
 def run_one(case: Case, name: str, found: Result | None, count: int) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def run_one(case: Case, name: str, found: Result | None, count: int) -> dict[str
 
 def _scanned(case: Case) -> Result | None:
     data, settings = case.clean_images(0, CLEAN), dict(case.settings)
-    found = scan(case.path, data, images=CLEAN, seeds=1, threads=1, additive=False, **settings)
+    found = scan(case.path, data, images=CLEAN, threads=1, resume=True, **settings)
     print(f"{case.name}: {found.verdict}, label {found.target}", flush=True)
     return found
 

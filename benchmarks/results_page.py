@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import calibrate
+import guard
 import purify
 import student
 import verdicts
@@ -21,6 +22,7 @@ import victim_set
 from victims import OUT
 
 import attacks
+import filters
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -142,7 +144,26 @@ def _corner() -> str:
 def _set_count() -> str:
     made = victim_set.finished()
     clean = sum(facts["attack"] is None for facts in made)
+    if len(made) == len(victim_set.members()):
+        return "All are trained."
     return f"Trained so far: {clean} clean, {len(made) - clean} backdoored; the command goes on with the rest."
+
+
+def _asr(attack: str, settings: str) -> str:
+    found = [r["asr"] for r in attacks.read() if r["attack"] == attack and r["settings"] == settings]
+    return f"{100 * float(str(found[0])):.1f} %" if found else "(not run)"
+
+
+def _consistent() -> str:
+    values = [_asr("label-consistent", one) for one in ("epsilon=8/255", "", "epsilon=64/255")]
+    return "the trigger moves " + ", ".join(values[:2]) + f" and {values[2]}"
+
+
+def _refool() -> str:
+    return (
+        f"{_asr('refool', '')} with reflections that no training image carried, "
+        f"{_asr('refool', 'test_reflections=0')} with those of the training images"
+    )
 
 
 def _printed(call: Any) -> str:
@@ -173,6 +194,10 @@ def main() -> None:
         "UNLEARN": _unlearning(),
         "CORNER": _corner(),
         "ATTACKS": attacks.table(attacks.read()),
+        "CONSISTENT": _consistent(),
+        "REFOOL": _refool(),
+        "GUARDS": guard.table(guard.read()),
+        "FILTERS": filters.table(sorted(filters.read(), key=lambda r: (r["victim"], r["filter"]))),
         "SET": _printed(victim_set.show),
         "SETCOUNT": _set_count(),
         "PURIFY": purify.tables(purify.read()),

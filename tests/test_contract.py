@@ -34,6 +34,7 @@ METHODS = {f"{kind}/{name}": method for kind in KINDS for name, method in method
 every_scanner = pytest.mark.parametrize("scanner", methods("scanners").values(), ids=methods("scanners").keys())
 every_purifier = pytest.mark.parametrize("purifier", methods("purifiers").values(), ids=methods("purifiers").keys())
 every_scorer = pytest.mark.parametrize("scorer", methods("scorers").values(), ids=methods("scorers").keys())
+every_guard = pytest.mark.parametrize("guard", methods("guards").values(), ids=methods("guards").keys())
 every_attack = pytest.mark.parametrize("attack", methods("attacks").values(), ids=methods("attacks").keys())
 POISON = {name: attack for name, attack in methods("attacks").items() if hasattr(attack, "poison")}
 every_poison_attack = pytest.mark.parametrize("attack", POISON.values(), ids=POISON.keys())
@@ -410,6 +411,66 @@ def test_purifier_without_its_suspects_says_so(purifier, clean_data):
     if purifier.needs_suspects:
         with pytest.raises(SettingError, match="thought to be poisoned"):
             purifier()(suspect(), clean(clean_data), Run())
+
+
+def guarded(guard: type, model: nn.Module, data: tuple[torch.Tensor, torch.Tensor], run: Run | None = None) -> Any:
+    return guard()(model, clean(data), run or Run(seed=3), {TARGET: trigger()} if guard.needs_triggers else None)
+
+
+@every_guard
+@pytest.mark.parametrize("training", [False, True])
+def test_guard_leaves_the_model_as_it_was(guard, training, clean_data):
+    model = suspect().train(training)
+    model[0].weight.requires_grad_(False)
+    before = State.of(model)
+    fitted = guarded(guard, model, clean_data)
+    assert_undisturbed(before, model)
+    fitted.score(clean_data[0][:9])
+    assert_undisturbed(before, model)
+
+
+@every_guard
+def test_guard_leaves_the_model_as_it_was_after_a_failure(guard, clean_data):
+    model = Failing(suspect(), most=3).eval()
+    before = State.of(model)
+    with pytest.raises((RuntimeError, BezoarError), match="the model broke"):
+        guarded(guard, model, clean_data)
+    assert_undisturbed(before, model)
+
+
+@every_guard
+def test_guard_same_seed_same_scores(guard, clean_data):
+    first = guarded(guard, suspect(), clean_data)
+    torch.manual_seed(99)
+    again = guarded(guard, suspect(), clean_data)
+    assert torch.equal(first.held, again.held)
+    x = trigger()(clean_data[0][:40])
+    assert torch.equal(first.score(x), again.score(x))
+    assert bool((first.score(x) <= first.method.highest(first.state)).all())
+
+
+@every_guard
+def test_guard_measures_its_threshold_on_what_it_was_not_fitted_to(guard, clean_data):
+    state = guarded(guard, suspect(), clean_data).state
+    x, y = clean_data[0].clone(), clean_data[1].clone()
+    x[180:], y[180:] = 0.5, 0
+    other = guarded(guard, suspect(), (x, y)).state
+    assert all(torch.equal(value, other[name]) for name, value in state.items())
+
+
+@every_guard
+def test_guard_without_its_trigger_says_so(guard, clean_data):
+    if guard.needs_triggers:
+        with pytest.raises(SettingError, match="trigger"):
+            guard()(suspect(), clean(clean_data), Run())
+
+
+@every_guard
+def test_guard_stops_when_the_budget_is_spent(guard, clean_data):
+    run = Run(budget=0.0)
+    with pytest.raises(BudgetSpent):
+        guarded(guard, suspect(), clean_data, run)
+    assert run.budget_spent
 
 
 # What every attack promises.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from bezoar.api import Result, _scan, _scanner, _settings, _triggers_to_unlearn
 from bezoar.core.errors import DataError, SettingError
 from bezoar.core.guarded import GuardFacts, GuardReport, Latency, Policy
-from bezoar.core.guarding import FittedGuard, Guard, Threshold, threshold
+from bezoar.core.guarding import FittedGuard, Guard, Threshold, pixels, threshold
+from bezoar.core.method import Scanner
+from bezoar.core.plain import plain
 from bezoar.core.registry import find, method_name
 from bezoar.core.results import write_atomic
 from bezoar.core.run import Report as Told
@@ -29,13 +32,13 @@ from bezoar.io.exported import export_program, write_onnx, write_program
 from bezoar.io.models import load_model
 from bezoar.ops.stats import wilson
 from bezoar.options import ModelOptions, RunOptions
-from bezoar.scanners.neural_cleanse import NeuralCleanse
 from bezoar.session import Session, open_session, size_is_open, sized_by
 
 _RUNS = 7
 _PROBES = 4  # images of noise that tell whether a guard belongs to a model
 _OUTPUTS = ("logits", "score", "flag")
 _Z95 = 1.959964
+_LARGEST = 1 << 26  # values of an image
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ def guard(
     *,
     method: Guard | str = "strip",
     fpr: float = 0.05,
+    scanner: Scanner | str | None = None,
     found: Result | None = None,
     label: int | None = None,
     policy: Policy = "flag",
@@ -133,6 +137,7 @@ def guard(
         data: Clean images with labels, of the kind that the model will see; half of them only set the threshold.
         method: A guard with its settings, or its name.
         fpr: Share of clean inputs that it may flag, in (0, 1); it needs ``1 / fpr - 1`` held-out images.
+        scanner: What finds the trigger, where the method needs one; see ``method`` of :func:`bezoar.scan`.
         found: Result of an earlier scan, so that none is needed.
         label: Use the inverted trigger of this label, whatever the verdict.
         policy: ``flag`` leaves the answer to a flagged input as it is, ``label`` makes it ``safe_label``.
@@ -142,7 +147,7 @@ def guard(
         model_options: How to read the model.
         options: Clean images, seed, budget, device.
         report: Told of progress: phase, steps done, steps in all, a note.
-        **settings: Fields of ``model_options`` and ``options`` by name.
+        **settings: Fields of ``model_options`` and ``options`` by name, and of the scanner.
 
     Raises:
         BezoarError: Model, data or settings cannot be used; the message says what to do.
@@ -152,12 +157,14 @@ def guard(
         raise SettingError("policy 'label' and a safe label go together", "Give both, or neither")
     if (onnx or program) and out is None:
         raise SettingError("an exported model needs a folder", "Give out")
-    model_options, options = _settings(settings, model_options or ModelOptions(), options or RunOptions())
+    search, model_options, options = _settings(
+        settings, _scanner(scanner), model_options or ModelOptions(), options or RunOptions()
+    )
     least = 2 if made.needs_triggers and found is None else 1
     with open_session(model, data, model_options, options, report, least) as session:
         _check_safe(safe_label, session.clean.num_classes)
         threshold(torch.zeros(len(session.clean.held_x)), fpr)  # too few images are better told before the work
-        triggers = _triggers(session, made, found, label)
+        triggers = _triggers(session, made, search, found, label)
         with session.phase("guard"):
             fitted = made(session.suspect.module, session.clean, session.run, triggers)
             limit = fitted.threshold(fpr)
@@ -198,10 +205,12 @@ def load_guard(folder: str | Path, model: str | Path | nn.Module, **settings: An
     try:
         facts = GuardFacts.from_json((folder / "guard.json").read_text(encoding="utf-8"))
         tensors = load((folder / "guard.safetensors").read_bytes())
+        if len(facts.shape) != 3 or min(facts.shape) < 1 or math.prod(facts.shape) > _LARGEST:
+            raise ValueError(f"images of shape {facts.shape}")
     except (OSError, UnicodeDecodeError, SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{folder} does not hold a guard: {error}", "Give the folder of bezoar guard --out") from None
     (options,) = _settings(settings, ModelOptions())
-    channels, height, width = facts.shape if len(facts.shape) == 3 else (0, 0, 0)
+    channels, height, width = facts.shape
     if size_is_open(model, options):
         options = sized_by((channels, height, width), model, options)
     modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
@@ -256,33 +265,39 @@ def measure_latency(fitted: FittedGuard, facts: GuardFacts, runs: int = _RUNS) -
     together = GuardedModel(fitted, facts.threshold, facts.num_classes, facts.safe_label)
     device = together.threshold.device
     x = _noise(fitted.shape)[:1].to(device)
+    taken: tuple[list[float], list[float]] = ([], [])
     with torch.no_grad():
-        bare, guarded = (_median_seconds(one, x, runs) for one in (together.model, together))
-    return Latency(bare=bare, guarded=guarded, batch=1, runs=runs)
+        for run in range(runs + 1):  # in turn, so that a busy machine slows both
+            for one, seconds in zip((together.model, together), taken, strict=True):
+                elapsed = _seconds(one, x)
+                if run:  # the first one warms up
+                    seconds.append(elapsed)
+    return Latency(bare=median(taken[0]), guarded=median(taken[1]), batch=1, runs=runs)
 
 
-def _median_seconds(module: nn.Module, x: Tensor, runs: int) -> float:
-    taken = []
-    for _ in range(runs + 1):
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
-        start = time.perf_counter()
-        module(x)
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
-        taken.append(time.perf_counter() - start)
-    return max(median(taken[1:]), 1e-9)  # the first one warms up
+def _seconds(module: nn.Module, x: Tensor) -> float:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    start = time.perf_counter()
+    module(x)
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return max(time.perf_counter() - start, 1e-9)
 
 
-def _triggers(session: Session, method: Guard, found: Result | None, label: int | None) -> dict[int, InvertedTrigger]:
+def _triggers(
+    session: Session, method: Guard, search: Scanner, found: Result | None, label: int | None
+) -> dict[int, InvertedTrigger]:
     if found is not None and found.report.model.sha256 != session.suspect.facts.sha256:
         raise SettingError("the scan is of another model: the hashes differ", "Scan this model first")
     if not method.needs_triggers:
+        if label is not None:
+            raise SettingError(f"{type(method).__name__} needs no trigger, so it takes no label", "Leave it out")
         return {}
     if found is None:
         if len(session.data) < 2 * session.clean.num_classes:
             raise SettingError("a scan needs two images for each class", "Give more images, or a scan with --scan")
-        found = _scan(session, _scanner(NeuralCleanse()))
+        found = _scan(session, search)
     if label is None and found.target is None and found.verdict == "clean":
         raise SettingError(
             f"the scan found no backdoor, so there is no trigger that {type(method).__name__} could watch for",
@@ -291,7 +306,9 @@ def _triggers(session: Session, method: Guard, found: Result | None, label: int 
     triggers, _ = _triggers_to_unlearn(found, label)
     if label is None and found.target is None:
         used = next(iter(triggers))
-        session.run.warnings.append(f"the scan was inconclusive: the trigger of its smallest label, {used}, is used")
+        session.run.warnings.append(
+            f"the scan was inconclusive: the trigger of its smallest label, {used}, is used, and may be no backdoor's"
+        )
     return triggers
 
 
@@ -306,7 +323,7 @@ def _facts(
     low, high = wilson(limit.flagged / limit.count, limit.count, _Z95)
     return GuardFacts(
         method=method_name(type(fitted.method)),
-        config=fitted.method.config(),
+        config=plain(fitted.method.config()),
         shape=fitted.shape,
         num_classes=session.clean.num_classes,
         softmax=isinstance(fitted.model, LogProbabilities),
@@ -335,5 +352,4 @@ def _warnings(fitted: FittedGuard, limit: Threshold) -> list[str]:
 
 
 def _examples(session: Session) -> Tensor:
-    x = torch.cat([session.clean.held_x[:2], session.clean.x[:2]])[:2].cpu()
-    return x if x.is_floating_point() else x.float() / 255
+    return pixels(torch.cat([session.clean.held_x[:2], session.clean.x[:2]])[:2].cpu())

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from bezoar.core.errors import BezoarError, ModelError, SettingError
 from bezoar.core.examples import Subset
+from bezoar.core.filtering import Suspicion
+from bezoar.core.method import Clean
 from bezoar.core.pictures import png
 from bezoar.core.registry import find, method_name
 from bezoar.core.results import RunFacts, write_atomic
@@ -28,7 +30,7 @@ from bezoar.core.training import Trained, Trainer
 from bezoar.io.arch import resolve
 from bezoar.io.containers import sha256
 from bezoar.io.data import CleanData, load_data
-from bezoar.io.suspects import ranked_csv
+from bezoar.io.suspects import ranked_csv, suspects_csv
 from bezoar.io.untrusted import UntrustedData, open_untrusted
 from bezoar.ops.augment import as_float
 from bezoar.ops.stats import wilson
@@ -39,6 +41,7 @@ from bezoar.version import versions
 MODEL, SUSPECTS, RECORD, PAGE = "model.safetensors", "suspects.csv", "report.json", "report.html"
 _Z95 = 1.959963984540054  # 95 % of a normal distribution lie within this many standard deviations
 _PICTURES, _SIDE, _LISTED = 96, 64, 10
+_CLEAN = 1000  # most clean examples that are read
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def train(
     out: str | Path,
     *,
     method: Trainer | str = "abl",
+    clean: Any = None,
     test_data: Any = None,
     size: tuple[int, int] | None = None,
     channels: int | None = None,
@@ -87,6 +91,7 @@ def train(
         arch: Architecture by name, see :func:`bezoar.io.arch.resolve`; or what makes the network, freshly initialised.
         out: Folder for the model, the list of suspects and the report.
         method: A trainer with its settings, or its name.
+        clean: A few clean images with labels, for the trainers that need some; other ones than ``test_data``.
         test_data: Clean images with labels to measure the accuracy on, for :func:`bezoar.io.data.load_data`.
         size: Height and width that all images are brought to.
         channels: 1 or 3, that all images are brought to.
@@ -107,6 +112,7 @@ def train(
     if isinstance(arch, str):
         resolve(arch)  # before the data are read
     trainer = find("trainers", method)() if isinstance(method, str) else method
+    trainer.require_clean(clean is not None)  # before the data are read
     where, before = device_named(device), torch.get_num_threads()
     progress = Progress() if report is None else Progress(report=report)
     run = Run(seed=seed, device=where, budget=budget, progress=progress, reserve=0.0)
@@ -129,22 +135,26 @@ def train(
                 report=report,
             )
         )
-        test = None if test_data is None else _test(test_data, opened)
-        work = _Work(opened, test, arch, trainer, Path(out), run)
+        known = None if clean is None else _known(clean, opened, _CLEAN, seed)
+        test = None if test_data is None else _known(test_data, opened)
+        work = _Work(opened, known, test, arch, trainer, Path(out), run)
         work.seconds["read"] = round(time.perf_counter() - start, 3)
         return work.done()
     finally:
         torch.set_num_threads(before)
 
 
-def _test(source: Any, data: UntrustedData) -> CleanData:
+def _known(source: Any, data: UntrustedData, limit: int | None = None, seed: int = 0) -> CleanData:
     depth, height, width = data.shape
-    return load_data(source, num_classes=data.num_classes, size=(height, width), channels=depth, least=1)
+    return load_data(
+        source, num_classes=data.num_classes, size=(height, width), channels=depth, limit=limit, seed=seed, least=1
+    )
 
 
 @dataclass
 class _Work:
     data: UntrustedData
+    clean: CleanData | None
     test: CleanData | None
     arch: str | Callable[[], nn.Module]
     trainer: Trainer
@@ -157,7 +167,11 @@ class _Work:
         with torch.random.fork_rng(devices=[]):
             self._network()  # what cannot work fails before the training
         start = time.perf_counter()
-        trained = self.trainer(self._network, self.data, self.run, self.out / ".checkpoints" / self._key()[:32])
+        folder, clean = self.out / ".checkpoints" / self._key()[:32], None
+        if self.clean is not None:
+            x, y = self.clean.x, self.clean.y
+            clean = Clean(x, y, x[:0], y[:0], self.data.num_classes)
+        trained = self.trainer(self._network, self.data, self.run, folder, clean)
         self.seconds["train"] = round(time.perf_counter() - start, 3)
         _require_finite(trained.model)
         report = self._described(trained)
@@ -206,6 +220,7 @@ class _Work:
             hashlib.sha256(code.read_bytes()).hexdigest() if code.suffix == ".py" and code.is_file() else "",
             self.data.sha256,
             self.data.num_classes,
+            None if self.clean is None else self.clean.facts.sha256,
             self.run.seed,
             {name: value for name, value in versions().items() if name in ("bezoar", "torch")},
         ]
@@ -230,7 +245,9 @@ class _Work:
             acc=acc,
             kept_acc=kept,
             suspects=len(trained.suspects),
-            labels=_labels(self.data, isolated),
+            labels=_labels(self.data, isolated, trained.suspicion),
+            rule=None if trained.suspicion is None else trained.suspicion.rule,
+            clean=None if self.clean is None else self.clean.facts,
             curve=curve(trained.losses, isolated),
             notes=dict(self.run.notes),
             warnings=tuple(self.run.warnings),
@@ -280,17 +297,20 @@ class _Work:
         return report
 
     def _suspects(self, trained: Trained) -> str:
-        data, losses = self.data, _ranked_by(trained)
-        return ranked_csv(
-            (int(data.origin[row]), data.name(row), int(data.labels[row]), rank, losses[rank - 1])
-            for rank, row in enumerate(trained.suspects.tolist(), start=1)
-        )
+        data, values = self.data, trained.ranked_by
+        rows = [
+            (int(data.origin[row]), data.name(row), int(data.labels[row]), value)
+            for row, value in zip(trained.suspects.tolist(), values, strict=True)
+        ]
+        if trained.suspicion is not None:
+            return suspects_csv(rows)
+        return ranked_csv((*row[:3], rank, row[3]) for rank, row in enumerate(rows, start=1))
 
     def _pictures(self, trained: Trained) -> tuple[Picture, ...]:
         rows = trained.suspects[:_PICTURES]
         if not len(rows):
             return ()
-        images, losses = as_float(self.data.take(rows)), _ranked_by(trained)
+        images, values = as_float(self.data.take(rows)), trained.ranked_by
         if max(images.shape[2:]) > _SIDE:
             images = nn.functional.interpolate(images, scale_factor=_SIDE / max(images.shape[2:]), mode="area")
         return tuple(
@@ -298,10 +318,10 @@ class _Work:
                 position=int(self.data.origin[row]),
                 name=self.data.name(row),
                 label=self.data.names[int(self.data.labels[row])],
-                loss=loss,
+                value=value,
                 png=png(image),
             )
-            for row, image, loss in zip(rows.tolist(), images, losses, strict=False)
+            for row, image, value in zip(rows.tolist(), images, values, strict=False)
         )
 
 
@@ -344,21 +364,22 @@ def _spread(values: Tensor) -> Spread:
     return Spread(low=low, median=median, high=high)
 
 
-def _ranked_by(trained: Trained) -> list[float]:
-    """Loss by which each suspect was ranked; NaN where it is not known."""
-    if trained.losses is None:
-        return [float("nan")] * len(trained.suspects)
-    found: list[float] = trained.losses[-1][trained.suspects].tolist()
-    return found
-
-
-def _labels(data: UntrustedData, isolated: Tensor) -> tuple[LabelShare, ...]:
+def _labels(data: UntrustedData, isolated: Tensor, suspicion: Suspicion | None) -> tuple[LabelShare, ...]:
     suspects = torch.bincount(data.labels[isolated], minlength=data.num_classes).tolist()
+    statistic = {} if suspicion is None else suspicion.statistic
+    flagged = () if suspicion is None else suspicion.flagged or ()
     made = [
-        LabelShare(label=label, name=data.names[label], count=count, suspects=suspects[label])
+        LabelShare(
+            label=label,
+            name=data.names[label],
+            count=count,
+            suspects=suspects[label],
+            statistic=statistic.get(label),
+            flagged=label in flagged,
+        )
         for label, count in enumerate(data.facts.per_class)
     ]
-    return tuple(sorted(made, key=lambda one: (-one.suspects, one.label)))
+    return tuple(sorted(made, key=lambda one: (-one.suspects, -(one.statistic or 0.0), one.label)))
 
 
 def _require_finite(model: nn.Module) -> None:

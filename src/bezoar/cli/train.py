@@ -23,6 +23,7 @@ def train(
     method: str = "abl",
     epochs: int | None = None,
     rate: float | None = None,
+    clean: str | None = None,
     test_data: str | None = None,
     set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
     size: str = "",
@@ -41,8 +42,9 @@ def train(
 
     Poison is learned faster than anything else. abl isolates what is learned fastest in the first epochs, trains on the
     rest, and then unlearns the isolated examples, as far as that does no harm to others. Where nothing is poisoned they
-    are plain examples of their labels, and little or nothing is unlearned. plain trains without any defence;
-    strong-augmentation mixes images with each other.
+    are plain examples of their labels, and little or nothing is unlearned. filtered trains plainly, takes out what a
+    filter finds suspect in what was learned, and trains again on the rest; it needs a few clean images, and finds
+    poison that abl misses. plain trains without any defence; strong-augmentation mixes images with each other.
 
     Before that, all images are read once: those that cannot be read are listed and left out; copies, and images that
     stand under two labels, are reported.
@@ -51,6 +53,7 @@ def train(
 
         bezoar train --data scraped/ --size 32 --arch wrn-16-1 --out model/
         bezoar train --data train.parquet --arch preactresnet-18 --set flip=true --test-data clean/ --out model/
+        bezoar train --data scraped/ --size 32 --arch wrn-16-1 --method filtered --clean clean.npz --out model/
         bezoar train --data scraped/ --size 32 --arch resnet-18 --method plain --epochs 50 --out plain/
 
     It leaves model/report.html to look at, with the isolated pictures; model/model.safetensors; model/suspects.csv, the
@@ -67,8 +70,9 @@ def train(
             file.py:function for your own code.
         out: Folder to write to.
         method: Trainer, see bezoar methods.
-        epochs: Passes over the data; for abl those after the isolation.
+        epochs: Passes over the data; for abl those after the isolation, for filtered those of each training.
         rate: Share of the examples that abl isolates; below the share of poison that you fear.
+        clean: A few clean images with labels, for filtered: some 25 of each label; other ones than --test-data.
         test_data: Clean images to measure the accuracy on.
         set_: Another setting of the method, such as --set pad=2; see bezoar methods abl.
         size: Height and width that all images are brought to, such as 64 or 55x47.
@@ -104,6 +108,7 @@ def train(
             arch,
             out,
             method=trainer,
+            clean=clean,
             test_data=test_data,
             size=(side, side) if isinstance(side, int) else side,
             channels=channels,

@@ -23,7 +23,7 @@ from bezoar.core.trigger import InvertedTrigger
 #: D is 0 for a guard that reads none.
 See = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-_AT_ONCE = 1024  # images in one pass of the model while a guard is fitted
+_AT_ONCE, _VALUES = 1024, 1 << 24  # most images, and values of images, in one pass of the model
 _TIE = 1e-5  # how far above the largest clean score a threshold lies, relative: other runtimes round otherwise
 
 
@@ -73,6 +73,7 @@ class Guard(Method, ABC):
             )
         if not len(clean.held_x) or not len(clean.x):
             raise SettingError("a guard needs clean images to work with and others to set its threshold", "Give more")
+        clean = dataclasses.replace(clean, x=pixels(clean.x))
         with frozen(model), own_randomness(run), torch.no_grad():
             run.check()
             logits(model, clean.x[:1].to(run.device))
@@ -82,7 +83,7 @@ class Guard(Method, ABC):
 
     @abstractmethod
     def fit(self, model: nn.Module, clean: Clean, run: Run, triggers: dict[int, InvertedTrigger]) -> dict[str, Tensor]:
-        """What the score needs, by name, on the CPU; ``model`` is frozen and in eval mode."""
+        """What the score needs, by name, on the CPU; ``model`` is frozen and in eval mode, ``clean.x`` float32."""
 
     @abstractmethod
     def look(self, see: See, state: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,13 +150,12 @@ class FittedGuard:
         with frozen(self.model), torch.no_grad():
             head = self.method.reads(self.model, torch.zeros(1, *self.shape, device=device))
             see = seer(self.model, head)
-            for part in torch.split(x, max(1, _AT_ONCE // self.method.passes())):
+            most = min(_AT_ONCE, _VALUES // max(1, math.prod(self.shape)))
+            for part in torch.split(x, max(1, most // self.method.passes())):
                 if run is not None:
                     run.check()
                     run.progress.report("guard", sum(len(one) for one in found), len(x), "")
-                images = part.to(device)
-                images = images.float() if images.is_floating_point() else images.float() / 255
-                found.append(self.method.look(see, state, images)[1].float().cpu())
+                found.append(self.method.look(see, state, pixels(part.to(device)))[1].float().cpu())
         scores = torch.cat([torch.empty(0), *found])
         if not torch.isfinite(scores).all():
             raise UnsupportedModel("the model gives answers that are not finite", "Check the weights and the images")
@@ -175,6 +175,11 @@ class FittedGuard:
             SettingError: Out of range, or too few held-out images for it.
         """
         return threshold(self.held, fpr)
+
+
+def pixels(x: Tensor) -> Tensor:
+    """Images as float32 in [0, 1]."""
+    return x.float() if x.is_floating_point() else x.float() / 255
 
 
 def threshold(held: Tensor, fpr: float) -> Threshold:

@@ -40,12 +40,20 @@ class DataFindings:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelShare:
-    """A label, its examples, and how many of them were isolated."""
+    """A label, its examples, and how many of them were isolated.
+
+    Attributes:
+        label, name, count, suspects: The label, and how many examples it has and had isolated.
+        statistic: What a filter measured of it, higher for more suspicious; None where none did.
+        flagged: Whether the filter's own rule says that it is poisoned.
+    """
 
     label: int
     name: str
     count: int
     suspects: int
+    statistic: float | None = None
+    flagged: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +98,8 @@ class TrainReport:
         kept_acc: Share of the examples that were not isolated that are given their label; says nothing of other images.
         suspects: Number of isolated examples.
         labels: All labels, the one with most isolated examples first.
+        rule: What made the isolated examples suspect, in words, where a filter chose them; else None.
+        clean: The clean examples that the method was given, where it was given some.
         curve: Losses over the first epochs; empty where none were kept.
         notes: What the method found out on the way.
         warnings: What the user should know.
@@ -110,6 +120,8 @@ class TrainReport:
     suspects: int
     labels: tuple[LabelShare, ...]
     curve: tuple[CurvePoint, ...]
+    rule: str | None = None
+    clean: DataFacts | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     files: dict[str, str] = field(default_factory=dict)

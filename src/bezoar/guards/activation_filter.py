@@ -45,7 +45,7 @@ class ActivationFilter(Guard):
 
     def fit(self, model: nn.Module, clean: Clean, run: Run, triggers: dict[int, InvertedTrigger]) -> dict[str, Tensor]:
         """See :class:`bezoar.core.guarding.Guard`."""
-        x = clean.x if clean.x.is_floating_point() else clean.x.float() / 255
+        x = clean.x
         see = seer(model, self.reads(model, x[:1].to(run.device)))
         usual = _features(see, x, run)
         chosen, mean, deviation = [], [], []

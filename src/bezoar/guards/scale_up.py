@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bezoar.core.guarding import Guard, See
+from bezoar.core.guarding import Guard, See, seer
 from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.core.trigger import InvertedTrigger
@@ -62,9 +62,7 @@ class ScaleUp(Guard):
         found = []
         for part in torch.split(clean.x, _BATCH):
             run.check()
-            images = part.to(run.device)
-            images = images.float() if images.is_floating_point() else images.float() / 255
-            agree = _agreements(lambda x: (model(x).float(), x), images, factors.to(run.device))[1]
+            agree = _agreements(seer(model, None), part.to(run.device), factors.to(run.device))[1]
             found.append(agree.cpu().double() / len(self.factors))
         consistency, labels = torch.cat(found), clean.y.cpu()
         few = [label for label in range(clean.num_classes) if int((labels == label).sum()) < 2]

@@ -53,8 +53,7 @@ class STRIP(Guard):
         if len(clean.x) < self.images:
             run.warnings.append(f"STRIP lays {self.images} images over each input, and {len(clean.x)} are there")
         rows = torch.randperm(len(clean.x), generator=generator)[: self.images]
-        overlay = clean.x[rows.to(clean.x.device)].cpu()
-        return {"overlay": overlay.float() if overlay.is_floating_point() else overlay.float() / 255}
+        return {"overlay": clean.x[rows.to(clean.x.device)].cpu()}
 
     def look(self, see: See, state: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`bezoar.core.guarding.Guard`."""

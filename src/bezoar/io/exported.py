@@ -43,12 +43,13 @@ def write_program(program: Any, module: nn.Module, x: Tensor, path: Path) -> flo
     Raises:
         ModelError: The answers differ.
     """
+    with torch.no_grad():
+        found = _difference(program.module()(x), module(x), path)
     with _quiet(), explained("the program cannot be written"), tempfile.TemporaryDirectory() as folder:
         kept = Path(folder) / "program.pt2"
         torch.export.save(program, kept)
         write_atomic(path, kept.read_bytes())
-    with torch.no_grad():
-        return _difference(program.module()(x), module(x), path)
+    return found
 
 
 def write_onnx(program: Any, module: nn.Module, x: Tensor, path: Path, names: Sequence[str]) -> float:

@@ -21,12 +21,12 @@ _MOST_LABELS = 30
 
 @dataclass(frozen=True)
 class Picture:
-    """An isolated example: its place and name in the data, its label, the loss it was ranked by, and PNG as base64."""
+    """An isolated example: place and name in the data, label, loss or score it was ranked by, and PNG as base64."""
 
     position: int
     name: str
     label: str
-    loss: float
+    value: float
     png: str
 
 
@@ -49,7 +49,8 @@ def render_training(report: TrainReport, pictures: Sequence[Picture], model: str
             style_hash=hashed(style),
             sentence=sentence(report),
             findings=finding_lines(report),
-            labels=[one for one in report.labels if one.suspects][:_MOST_LABELS],
+            labels=[one for one in report.labels if one.suspects or one.flagged][:_MOST_LABELS],
+            judged=[one for one in report.labels if one.statistic is not None][:_MOST_LABELS],
             plots=[svg.loss_curves(report.curve, width) for width in (720, 320)] if len(report.curve) > 1 else [],
             crisp=max(report.shape[1:]) <= 96,
             scan=f"bezoar scan {shlex.quote(model)} --arch {shlex.quote(report.arch)} --data CLEAN --out scan/",
@@ -65,13 +66,15 @@ def sentence(report: TrainReport) -> str:
     if report.acc is not None:
         trained += f" Accuracy on {report.acc.count:,} test images: {_rate(report.acc.value)}."
     if not report.suspects:
+        if report.rule is not None:
+            return f"{trained} The filter finds nothing suspect, so nothing was taken out."
         return f"{trained} {report.method} isolates no example."
     first = report.labels[0]
+    why = "isolated since they were learned fastest"
+    if report.rule is not None:
+        why = "taken out before the final training"
     share = first.suspects / report.suspects
-    return (
-        f"{trained} {report.suspects:,} were isolated since they were learned fastest, {_rate(share)} of them under "
-        f"the label {label_text(first)}."
-    )
+    return f"{trained} {report.suspects:,} were {why}, {_rate(share)} of them under the label {label_text(first)}."
 
 
 def finding_lines(report: TrainReport) -> list[tuple[str, tuple[str, ...]]]:
@@ -118,6 +121,9 @@ def summary(report: TrainReport, width: int, saved: str) -> str:
             "give --test-data for an accuracy on images that the model has not seen.",
             width,
         )
+    if report.rule is not None:
+        flagged = ", ".join(label_text(one) for one in report.labels if one.flagged)
+        lines += textwrap.wrap(printable(f"Suspect: {report.rule}. Flagged labels: {flagged or 'none'}."), width)
     for text, examples in finding_lines(report):
         more = f" ({'; '.join(examples[:3])})" if examples else ""
         lines += textwrap.wrap(f"Data: {printable(text + more)}", width)

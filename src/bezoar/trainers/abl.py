@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bezoar.core.errors import DataError
 from bezoar.core.examples import ExampleSource, Subset
+from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.core.training import Trained
 from bezoar.ops.fit import fit
@@ -132,8 +133,16 @@ class ABL(Settings):
         for name in ("unlearn_accuracy", "max_drop", "max_label_drop"):
             self.require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
 
-    def train(self, build: Callable[[], nn.Module], examples: ExampleSource, run: Run, folder: Path | None) -> Trained:
+    def train(
+        self,
+        build: Callable[[], nn.Module],
+        examples: ExampleSource,
+        run: Run,
+        folder: Path | None,
+        clean: Clean | None,
+    ) -> Trained:
         """See :class:`bezoar.core.training.Trainer`."""
+        del clean
         count = isolated_count(self.rate, len(examples.labels))
         model = build().to(run.device)
         place = None if folder is None else folder / "losses.npy"

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from bezoar.core.examples import ExampleSource
+from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.core.training import Trained
 from bezoar.ops.fit import fit
@@ -46,8 +47,27 @@ class Plain(Settings):
         self.require("epochs", self.epochs >= 1, "at least 1")
         self.require("schedule", self.schedule in ("constant", "cosine", "onecycle", "step"), "a known schedule")
 
-    def train(self, build: Callable[[], nn.Module], examples: ExampleSource, run: Run, folder: Path | None) -> Trained:
+    def train(
+        self,
+        build: Callable[[], nn.Module],
+        examples: ExampleSource,
+        run: Run,
+        folder: Path | None,
+        clean: Clean | None,
+    ) -> Trained:
         """See :class:`bezoar.core.training.Trainer`; no example is isolated."""
+        del clean
+        return Trained(self.learned(build, examples, run, folder, "train"))
+
+    def learned(
+        self, build: Callable[[], nn.Module], examples: ExampleSource, run: Run, folder: Path | None, phase: str
+    ) -> nn.Module:
+        """A network that was trained on these examples, in eval mode.
+
+        Args:
+            build, examples, run, folder: See :class:`bezoar.core.training.Trainer`.
+            phase: Name of this training, for the user's eye and for its checkpoint.
+        """
         model = build().to(run.device)
         fit(
             model,
@@ -55,7 +75,7 @@ class Plain(Settings):
             examples.labels,
             self.recipe(model, epochs=self.epochs, schedule=self.schedule, **self.augmentation()),
             seed=run.seed,
-            progress=tell(run, "train"),
-            checkpoint=kept(folder, "train"),
+            progress=tell(run, phase),
+            checkpoint=kept(folder, phase),
         )
-        return Trained(model)
+        return model

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bezoar.core.examples import ExampleSource
+from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.core.training import Trained
 from bezoar.ops.augment import cutmix, mixup
@@ -63,8 +64,16 @@ class StrongAugmentation(Settings):
         self.require("epochs", self.epochs >= 1, "at least 1")
         self.require("schedule", self.schedule in ("constant", "cosine", "onecycle", "step"), "a known schedule")
 
-    def train(self, build: Callable[[], nn.Module], examples: ExampleSource, run: Run, folder: Path | None) -> Trained:
+    def train(
+        self,
+        build: Callable[[], nn.Module],
+        examples: ExampleSource,
+        run: Run,
+        folder: Path | None,
+        clean: Clean | None,
+    ) -> Trained:
         """See :class:`bezoar.core.training.Trainer`; no example is isolated."""
+        del clean
         model = build().to(run.device)
         fit(
             model,
