@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar
 
-from bezoar.core.errors import DataError
-from bezoar.core.plain import built, plain
+from bezoar.core.document import Document
 from bezoar.core.results import DataFacts, ModelFacts, RunFacts, Verdict
 
 SCHEMA = "bezoar.filter/1"
@@ -33,7 +31,7 @@ class LabelFindings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilterReport:
+class FilterReport(Document):
     """Everything a filter has to say.
 
     Attributes:
@@ -51,6 +49,10 @@ class FilterReport:
         run: All that differs from run to run.
     """
 
+    NAMED: ClassVar[str] = SCHEMA
+    WHAT: ClassVar[str] = "a report of a filter"
+    WHENCE: ClassVar[str] = "Give the report.json of bezoar filter data"
+
     verdict: Verdict
     method: str
     config: dict[str, Any]
@@ -66,25 +68,3 @@ class FilterReport:
     warnings: tuple[str, ...] = ()
     run: RunFacts
     schema: str = SCHEMA
-
-    def to_json(self) -> str:
-        """As JSON text, ending in a newline."""
-        return json.dumps(plain(self), indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read back what :meth:`to_json` wrote.
-
-        Raises:
-            DataError: It is no such report.
-        """
-        try:
-            raw = json.loads(text)
-            if raw.get("schema") != SCHEMA:
-                raise ValueError(f"schema {raw.get('schema')!r}")
-            made: Self = built(cls, raw)
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise DataError(
-                f"not a report of a filter: {error}", "Give the report.json of bezoar filter data"
-            ) from None
-        return made

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal
 
-from bezoar.core.errors import DataError
-from bezoar.core.plain import built, plain
+from bezoar.core.document import Document
 from bezoar.core.results import DataFacts, ModelFacts, Preflight, RunFacts
 
 SCHEMA = "bezoar.guard/1"
@@ -18,7 +16,7 @@ Policy = Literal["flag", "label"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuardFacts:
+class GuardFacts(Document):
     """What is needed to use a guard again, beside its tensors.
 
     Attributes:
@@ -36,6 +34,10 @@ class GuardFacts:
         model: Hash of the model that it was fitted to.
     """
 
+    NAMED: ClassVar[str] = SCHEMA
+    WHAT: ClassVar[str] = "the guard.json of a guard"
+    WHENCE: ClassVar[str] = "Give the folder of bezoar guard --out"
+
     method: str
     config: dict[str, Any]
     shape: tuple[int, ...]
@@ -51,20 +53,6 @@ class GuardFacts:
     safe_label: int | None
     model: str
     schema: str = SCHEMA
-
-    def to_json(self) -> str:
-        """As JSON text, ending in a newline."""
-        return json.dumps(plain(self), indent=1, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read back what :meth:`to_json` wrote.
-
-        Raises:
-            DataError: It is no such text.
-        """
-        made: Self = _read(cls, text, SCHEMA, "guard.json")
-        return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +77,7 @@ class Latency:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuardReport:
+class GuardReport(Document):
     """Everything there is to say about a guard that was fitted.
 
     Attributes:
@@ -103,6 +91,10 @@ class GuardReport:
         run: All that differs from run to run.
     """
 
+    NAMED: ClassVar[str] = REPORT_SCHEMA
+    WHAT: ClassVar[str] = "the report.json of a guard"
+    WHENCE: ClassVar[str] = "Give the folder of bezoar guard --out"
+
     guard: GuardFacts
     model: ModelFacts
     data: DataFacts
@@ -114,27 +106,3 @@ class GuardReport:
     warnings: tuple[str, ...] = ()
     run: RunFacts
     schema: str = REPORT_SCHEMA
-
-    def to_json(self) -> str:
-        """As JSON text, ending in a newline."""
-        return json.dumps(plain(self), indent=1, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read back what :meth:`to_json` wrote.
-
-        Raises:
-            DataError: It is no such report.
-        """
-        made: Self = _read(cls, text, REPORT_SCHEMA, "report.json")
-        return made
-
-
-def _read(kind: Any, text: str, schema: str, name: str) -> Any:
-    try:
-        raw = json.loads(text)
-        if raw.get("schema") != schema:
-            raise ValueError(f"schema {raw.get('schema')!r}")
-        return built(kind, raw)
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise DataError(f"not the {name} of a guard: {error}", "Give the folder of bezoar guard --out") from None

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar
 
-from bezoar.core.errors import DataError
-from bezoar.core.plain import built, plain
+from bezoar.core.document import Document
 from bezoar.core.results import DataFacts, RunFacts
 
 SCHEMA = "bezoar.train/1"
@@ -85,7 +83,7 @@ class Accuracy:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainReport:
+class TrainReport(Document):
     """Everything a training on untrusted data has to say.
 
     Attributes:
@@ -107,6 +105,10 @@ class TrainReport:
         run: All that differs from run to run.
     """
 
+    NAMED: ClassVar[str] = SCHEMA
+    WHAT: ClassVar[str] = "a report of a training"
+    WHENCE: ClassVar[str] = "Give the report.json of bezoar train"
+
     method: str
     config: dict[str, Any]
     arch: str
@@ -127,23 +129,3 @@ class TrainReport:
     files: dict[str, str] = field(default_factory=dict)
     run: RunFacts
     schema: str = SCHEMA
-
-    def to_json(self) -> str:
-        """As JSON text, ending in a newline."""
-        return json.dumps(plain(self), indent=1, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read back what :meth:`to_json` wrote.
-
-        Raises:
-            DataError: It is no such report.
-        """
-        try:
-            raw = json.loads(text)
-            if raw.get("schema") != SCHEMA:
-                raise ValueError(f"schema {raw.get('schema')!r}")
-            made: Self = built(cls, raw)
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise DataError(f"not a report of a training: {error}", "Give the report.json of bezoar train") from None
-        return made

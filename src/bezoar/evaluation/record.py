@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar
 
-from bezoar.core.errors import DataError
-from bezoar.core.plain import built, plain
+from bezoar.core.document import Document
 from bezoar.core.results import DataFacts, RunFacts
 from bezoar.evaluation.measures import Measures
 from bezoar.evaluation.stealth import Stealth
@@ -37,7 +35,7 @@ class PlantFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class Record(Document):
     """A victim in full.
 
     Attributes:
@@ -61,6 +59,10 @@ class Record:
         run: All that differs from run to run.
     """
 
+    NAMED: ClassVar[str] = SCHEMA
+    WHAT: ClassVar[str] = "a record of bezoar attack"
+    WHENCE: ClassVar[str] = "Run bezoar attack again"
+
     attack: str
     config: dict[str, Any]
     arch: str
@@ -82,23 +84,3 @@ class Record:
     key: str
     run: RunFacts
     schema: str = field(default=SCHEMA)
-
-    def to_json(self) -> str:
-        """The record as JSON text; floats that JSON cannot hold become null."""
-        return json.dumps(plain(self), indent=1, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read a record back.
-
-        Raises:
-            DataError: The text is not a record of this schema.
-        """
-        try:
-            raw = json.loads(text)
-            if raw["schema"] != SCHEMA:
-                raise ValueError(f"expected schema {SCHEMA!r}, got {raw['schema']!r:.80}")
-            record: Self = built(cls, raw)
-        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise DataError(f"not a record of bezoar attack: {error}", "Run bezoar attack again") from None
-        return record

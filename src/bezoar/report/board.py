@@ -8,12 +8,12 @@ from functools import cache
 from statistics import mean
 from typing import Any
 
-from jinja2 import DictLoader, Environment, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from bezoar.core.cell import CellResult
-from bezoar.report import svg, wording
-from bezoar.report._page import hashed, part
+from bezoar.report import svg
+from bezoar.report._page import hashed, pages, part
 
 MAX_CELLS = 5000
 
@@ -106,7 +106,7 @@ def render_board(results: Sequence[CellResult], missing: int = 0) -> str:
     budgets = sorted({one.images for one in results}, reverse=True)
     page = (
         _environment()
-        .get_template("board")
+        .get_template("page")
         .render(
             style=Markup(style),
             script=Markup(script),
@@ -159,14 +159,7 @@ def _matrix(results: Sequence[CellResult], victims: Sequence[str], images: int) 
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=lambda v: wording.printable(v) if isinstance(v, str) and not isinstance(v, Markup) else v,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=DictLoader({"board": part("board.html.j2")}),
-    )
+    environment = pages("board.html.j2")
     environment.filters["points"] = _points_text
     return environment
 

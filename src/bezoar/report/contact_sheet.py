@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from jinja2 import DictLoader, Environment, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from bezoar.core.filtered import FilterReport, LabelFindings
 from bezoar.report import filtered, wording
-from bezoar.report._page import hashed, part
+from bezoar.report._page import hashed, pages, part
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def render_sheet(report: FilterReport, rows: Sequence[SheetRow]) -> str:
     style = part("report.css") + part("board.css") + part("contact_sheet.css")
     page = (
         _environment()
-        .get_template("sheet")
+        .get_template("page")
         .render(
             report=report,
             rows=rows,
@@ -69,14 +69,7 @@ def render_sheet(report: FilterReport, rows: Sequence[SheetRow]) -> str:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=lambda v: wording.printable(v) if isinstance(v, str) and not isinstance(v, Markup) else v,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=DictLoader({"sheet": part("contact_sheet.html.j2")}),
-    )
+    environment = pages("contact_sheet.html.j2")
     environment.filters["label_text"] = filtered.label_text
     environment.filters["statistic"] = filtered.statistic_text
     environment.filters["percent"] = wording.percent

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from jinja2 import DictLoader, Environment, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from bezoar.core.results import LabelEvidence, Report, Search, SeedResult, TriggerFacts
 from bezoar.report import cleaned, svg, wording
-from bezoar.report._page import hashed, part
+from bezoar.report._page import hashed, pages, part
 from bezoar.report.scored import rule_says
 
 WIDE, NARROW = 720, 320  # Chart widths: screens and paper, phones.
@@ -32,19 +32,12 @@ def render(report: Report) -> str:
     Names, paths and messages are escaped and stripped of control characters; the content security policy of the page
     allows its own style and script, pictures that are part of it, and nothing else.
     """
-    return _environment().get_template("report").render(_context(report)).strip() + "\n"
+    return _environment().get_template("page").render(_context(report)).strip() + "\n"
 
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_finalize,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=DictLoader({"report": part("report.html.j2")}),
-    )
+    environment = pages("report.html.j2")
     helpers: tuple[Callable[..., Any], ...] = (
         wording.number,
         wording.pixels,
@@ -64,12 +57,6 @@ def _environment() -> Environment:
     environment.filters["png_uri"] = _png_uri
     environment.globals["swatch"] = svg.swatch
     return environment
-
-
-def _finalize(value: Any) -> Any:
-    if isinstance(value, Markup) or not isinstance(value, str):
-        return value
-    return wording.printable(value, keep="\n")
 
 
 def _context(report: Report) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from jinja2 import DictLoader, Environment, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from bezoar.core.trained import LabelShare, TrainReport
 from bezoar.report import svg, wording
-from bezoar.report._page import hashed, part
+from bezoar.report._page import hashed, pages, part
 from bezoar.report.wording import percent, printable
 
 _MOST_LABELS = 30
@@ -138,13 +138,6 @@ def _rate(value: float) -> str:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=lambda v: wording.printable(v) if isinstance(v, str) and not isinstance(v, Markup) else v,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=DictLoader({"page": part("trained.html.j2")}),
-    )
+    environment = pages("trained.html.j2")
     environment.filters |= {"percent": percent, "label_text": label_text, "number": wording.number}
     return environment
