@@ -39,7 +39,7 @@ from bezoar.training import curve
 RESULTS = Path(__file__).parent / "results" / "abl.jsonl"
 OUT = CACHE.parent / "abl"
 DATA, ARCH = "fashion-mnist", "convnet-16-bn"
-ATTACKS = ("clean", "badnets", "blend", "sig", "wanet", "ftrojan", "smooth", "label-consistent", "adaptive-blend")
+ATTACKS = ("clean", "badnets", "blend", "sig", "tact", "ftrojan", "smooth", "label-consistent", "adaptive-blend")
 CLEAN = 250
 #: Equal passes over the data with the rest of the recipe the same; isolation comes on top.
 SETTINGS = {

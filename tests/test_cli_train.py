@@ -127,7 +127,7 @@ def test_summary_and_second_run(made, folder, capsys):
     before = (made / "model.safetensors").read_bytes(), (made / "suspects.csv").read_bytes()
     assert run(*command(folder, made, "--test-data", folder / "test.npz")) == 0
     said = " ".join(capsys.readouterr().out.split())
-    for part in ("199 examples", "60 test images", "9 were isolated", "1 images could not be read", "Look at them"):
+    for part in ("199 examples", "60 test images", "9 were isolated", "1 images could not be read", "Report: "):
         assert part in said, part
     assert ((made / "model.safetensors").read_bytes(), (made / "suspects.csv").read_bytes()) == before
 

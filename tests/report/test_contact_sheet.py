@@ -122,6 +122,6 @@ def test_what_is_said():
 def test_summary_fits_the_terminal(width):
     text = summary(sample(warnings=("word " * 40,)), width, saved="out/contact-sheet.html")
     assert max(map(len, text.splitlines())) <= max(width, 66)
-    assert text.endswith("Look at them: out/contact-sheet.html\n")
+    assert text.endswith("Report: out/contact-sheet.html\n")
     assert text.startswith("POISONED\n")
     assert summary(sample(), width, color=True).startswith("\x1b[1;31mPOISONED")

@@ -464,7 +464,7 @@ def test_bad_settings(setting, value):
 
 def test_too_few_examples():
     data = InMemory(torch.rand(50, 3, SIZE, SIZE), torch.arange(50) % LABELS, LABELS)
-    with pytest.raises(DataError, match="Give at least 101"):
+    with pytest.raises(DataError, match="Give at least 100 examples"):
         ABL(rate=0.01)(lambda: net(0), data, Run())
 
 

@@ -289,7 +289,10 @@ def main(tokens: list[str] | None = None) -> Any:
         _output.print_error(error)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from its last checkpoint", file=sys.stderr)
+        print(
+            "\ninterrupted: the same command goes on from its last checkpoint, if it left one",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)

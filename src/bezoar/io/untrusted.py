@@ -177,6 +177,9 @@ def _classes(source: Source, given: int | None) -> int:
     if low < 0 or high >= classes:
         hint = "Labels are 0, 1, 2, ...; remove images without a label, and check --num-classes"
         raise DataError(f"the labels lie between {low} and {high}, with {classes} classes", hint)
+    if source.named and len(source.names) != classes:
+        message = f"the data has {len(source.names)} classes, the model has {classes}"
+        raise DataError(message, "Give the data that this model was made for")
     seen = len(np.unique(labels))
     if classes > 2 * seen + 8:
         message = f"the labels go up to {high}, but only {seen} of {classes} are there"

@@ -72,7 +72,7 @@ def summary(report: FilterReport, width: int, color: bool = False, saved: str | 
     for warning in report.warnings:
         lines += textwrap.wrap(f"Note: {printable(warning)}", width)
     if saved:
-        lines += ["", f"Look at them: {saved}"]
+        lines += ["", f"Report: {saved}"]
     return "\n".join(lines) + "\n"
 
 

@@ -106,7 +106,8 @@ def _row(name: str, text: str, width: int, whole: bool = False) -> list[str]:
     # A path stays on one line whatever the width, so that it can be copied.
     lines = [text] if whole or name.startswith("  written") else _wrap(text, width - _INDENT - 2, 2)
     first, *rest = lines or [""]
-    return [f"  {name:<{_INDENT}}{first}", *(" " * (_INDENT + 2) + line for line in rest)]
+    name = f"{name:<{_INDENT - 1}} "
+    return [f"  {name}{first}", *(" " * (_INDENT + 2) + line for line in rest)]
 
 
 def _next(text: str, width: int) -> list[str]:

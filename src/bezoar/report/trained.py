@@ -129,7 +129,7 @@ def summary(report: TrainReport, width: int, saved: str) -> str:
         lines += textwrap.wrap(f"Data: {printable(text + more)}", width)
     for warning in report.warnings:
         lines += textwrap.wrap(f"Note: {printable(warning)}", width)
-    return "\n".join([*lines, "", f"Look at them: {saved}"]) + "\n"
+    return "\n".join([*lines, "", f"Report: {saved}"]) + "\n"
 
 
 def _rate(value: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import floor, log
+from math import ceil, floor, log
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,8 @@ from bezoar.trainers._training import Curves, Settings, kept, losses_of, tell
 _GENUINE = 0.5
 _NOTHING = (
     "Nothing was unlearned: nothing that was learned fast could be made to lose its label without harm to what looks "
-    "genuine. So it may well be genuine, and nothing poisoned; or the poison is not learned faster than the rest"
+    "genuine. That does NOT say that the data are clean: look at the isolated pictures for something that many of them "
+    "share. --set tries=10 tries more groups; --method filtered looks at the data otherwise, with a few clean images"
 )
 #: Fewest steps of an epoch of unlearning: those of 500 examples in the public code.
 _STEPS = 8
@@ -279,8 +280,10 @@ def isolated_count(rate: float, count: int) -> int:
     """
     chosen = floor(Fraction(repr(rate)) * count)
     if not chosen:
-        least = floor(1 / Fraction(repr(rate))) + 1
-        raise DataError(f"a share of {rate:g} of {count} examples is none", f"Give at least {least}, or raise the rate")
+        least = ceil(1 / Fraction(repr(rate)))
+        raise DataError(
+            f"a share of {rate:g} of {count} examples is none", f"Give at least {least} examples, or raise --rate"
+        )
     return chosen
 
 
