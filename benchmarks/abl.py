@@ -15,16 +15,16 @@ from its checkpoints in the cache.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
+import jsonl
 import torch
 from datasets import CACHE
 
-from bezoar.attacks._attack import Examples, GroundTruth, Training
-from bezoar.core.examples import InMemory
+from bezoar.attacks._attack import GroundTruth, Training
+from bezoar.core.examples import Examples
 from bezoar.core.fields import fields_from
 from bezoar.core.method import Clean
 from bezoar.core.registry import find
@@ -51,7 +51,7 @@ SETTINGS = {
 
 def read() -> list[dict[str, Any]]:
     """All lines so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return jsonl.read(RESULTS)
 
 
 def network() -> torch.nn.Module:
@@ -93,7 +93,7 @@ def run_one(key: dict[str, Any], splits: Splits, device: torch.device) -> dict[s
     folder = OUT / "_".join(map(str, key.values())).replace(" ", "_").replace("/", "-")[:150]
     run, start = Run(seed=key["seed"], device=device), time.perf_counter()
     clean, left = held(splits)
-    found = trainer(network, InMemory(data.x, data.y, data.num_classes), run, folder, clean)
+    found = trainer(network, data, run, folder, clean)
     seconds = time.perf_counter() - start
     known = truth if isinstance(truth, GroundTruth) else None
     measured = measure(found.model, splits.test.x[left], splits.test.y[left], known)
@@ -176,9 +176,7 @@ def main() -> None:
                 if any(all(row[name] == value for name, value in key.items()) for row in read()):
                     continue
                 row = run_one(key, splits, torch.device(arguments.device))
-                RESULTS.parent.mkdir(exist_ok=True)
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                jsonl.add(RESULTS, row)
                 print({k: v for k, v in row.items() if k not in ("curve", "median_loss")}, flush=True)
 
 

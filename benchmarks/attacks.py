@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
+import jsonl
 import torch
 from datasets import CACHE
 
@@ -77,7 +77,7 @@ ATTACKS: list[tuple[str, tuple[str, ...], str, int]] = [
 
 def read() -> list[dict[str, object]]:
     """All lines so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return jsonl.read(RESULTS)
 
 
 def make(name: str, settings: tuple[str, ...], seed: int) -> Attack:
@@ -168,8 +168,7 @@ def main() -> None:
             if any((r["attack"], r["settings"], r["seed"]) == (name, " ".join(settings), seed) for r in read()):
                 continue
             row = run_one(name, settings, kind, seed, splits)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            jsonl.add(RESULTS, row)
             print({k: v for k, v in row.items() if k != "stealth"}, flush=True)
 
 

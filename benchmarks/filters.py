@@ -18,14 +18,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jsonl
 import torch
 from torch import Tensor, nn
 
 from attacks import ARCH, DATA, OUT, RECIPE
 from attacks import run_one as train
-from bezoar.attacks._attack import Examples
 from bezoar.attacks._store import load_truth
-from bezoar.core.examples import InMemory
+from bezoar.core.examples import Examples
 from bezoar.core.method import Clean
 from bezoar.core.registry import find, methods
 from bezoar.core.run import Run
@@ -56,7 +56,7 @@ VICTIMS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 def read() -> list[dict[str, Any]]:
     """All lines so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return jsonl.read(RESULTS)
 
 
 def poisoned_set(victim: str, splits: Splits) -> tuple[Examples, Tensor]:
@@ -95,7 +95,7 @@ def run_one(victim: str, name: str, retrain: bool) -> dict[str, Any]:
     _forget_peak()
     before, start = _resident("VmRSS"), time.perf_counter()
     method = find("filters", name)()
-    found = method(model, InMemory(data.x, data.y, data.num_classes), run, clean)
+    found = method(model, data, run, clean)
     peak = _resident("VmHWM")
     took, scores = time.perf_counter() - start, Scores.of(found.score.numpy(), truth.numpy())
     row = {
@@ -156,8 +156,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _child(victim: str, name: str, retrain: bool, threads: int) -> None:
     torch.set_num_threads(threads)
     row = run_one(victim, name, retrain)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    jsonl.add(RESULTS, row)
     print({k: v for k, v in row.items() if k != "statistic"}, flush=True)
 
 

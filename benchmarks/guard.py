@@ -12,13 +12,13 @@ another class. Each row is one line of ``benchmarks/results/guard.jsonl``; a kil
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import jsonl
 import torch
 from datasets import load
 from models import Case, cases
@@ -42,7 +42,7 @@ CLEAN, FPR, RUNS = 500, 0.05, 15
 
 def read() -> list[dict[str, Any]]:
     """All lines so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return jsonl.read(RESULTS)
 
 
 def victims(only: set[str]) -> list[Case]:
@@ -180,9 +180,7 @@ def main() -> None:
                 row = run_one(case, name, found, arguments.count)
             except BezoarError as error:
                 row = {"victim": case.name, "arch": case.settings["arch"], "guard": name, "error": error.message}
-            RESULTS.parent.mkdir(exist_ok=True)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            jsonl.add(RESULTS, row)
             print(row, flush=True)
 
 

@@ -15,8 +15,8 @@ import torch
 from datasets import load
 from safetensors.torch import save_file
 
-from bezoar.attacks._attack import Examples
 from bezoar.attacks.badnets import BadNets
+from bezoar.core.examples import Examples
 from bezoar.evaluation.measures import measure
 from bezoar.nets.neural_cleanse import MnistNet
 from bezoar.ops.fit import Recipe, as_float, fit

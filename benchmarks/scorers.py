@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import jsonl
 import torch
 from models import Case, cases
 from torch import nn
@@ -101,7 +102,7 @@ def _clean_twin(seed: int) -> nn.Module:
 
 def read() -> list[dict[str, Any]]:
     """All lines so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return jsonl.read(RESULTS)
 
 
 def add(line: dict[str, Any]) -> None:

@@ -11,11 +11,11 @@ measured on the other half of the test set. One line a run in ``benchmarks/resul
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
+import jsonl
 import torch
 from datasets import CACHE
 from models import cases
@@ -40,7 +40,7 @@ AUGMENT = ("pad=4", "flip=true")
 
 def read() -> list[dict[str, object]]:
     """All lines so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return jsonl.read(RESULTS)
 
 
 def spec(name: str) -> PurifierSpec:
@@ -111,8 +111,7 @@ def main() -> None:
                 continue
             found = plain(bench.run(Cell(victim, spec(name), arguments.images, seed), "", ready))
             row = {field: found[field] for field in (*KEPT, *MORE)}
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            jsonl.add(RESULTS, row)
             print({k: row[k] for k in (*KEPT, "der", "cpu_seconds")}, flush=True)
 
 

@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+import jsonl
 import torch
 from models import Case, cases
 
@@ -37,7 +38,7 @@ RESULTS = Path(__file__).parent / "results" / "verdicts.jsonl"
 
 def read() -> list[dict[str, object]]:
     """All lines so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return jsonl.read(RESULTS)
 
 
 def faint(case: Case, seed: int) -> dict[str, object]:

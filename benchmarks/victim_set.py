@@ -25,8 +25,9 @@ from datasets import CACHE, Split, load
 from torch import nn
 
 from attacks import make
-from bezoar.attacks._attack import Examples, GroundTruth, Training
+from bezoar.attacks._attack import GroundTruth, Training
 from bezoar.attacks._store import save_truth
+from bezoar.core.examples import Examples
 from bezoar.core.results import write_atomic
 from bezoar.core.run import Run
 from bezoar.evaluation.measures import measure

@@ -20,11 +20,11 @@ import torch
 from datasets import CACHE, Split, load
 from safetensors.torch import save_file
 
-from bezoar.attacks._attack import Examples
 from bezoar.attacks._poison import PoisonAttack
 from bezoar.attacks.badnets import BadNets
 from bezoar.attacks.blend import Blend
 from bezoar.attacks.sig import SIG
+from bezoar.core.examples import Examples
 from bezoar.evaluation.measures import measure
 from bezoar.nets.registry import find
 from bezoar.ops.fit import Recipe, as_float, fit

@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 import bezoar
-from bezoar.attacks._attack import Backdoored, Examples, Training
+from bezoar.attacks._attack import Backdoored, Training
 from bezoar.attacks._store import load_truth, save_truth
 from bezoar.core.errors import BezoarError, BudgetSpent, SettingError, UnsupportedModel
 from bezoar.core.evidence import Scan
+from bezoar.core.examples import Examples
 from bezoar.core.method import Clean
 from bezoar.core.registry import methods
 from bezoar.core.run import Run

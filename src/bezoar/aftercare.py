@@ -7,13 +7,14 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from bezoar.core.method import Clean, Scanner
 from bezoar.core.results import Aftercare
 from bezoar.core.run import Run
-from bezoar.core.surgery import frozen, logits
+from bezoar.core.surgery import logits
 from bezoar.core.trigger import Trigger
+from bezoar.ops.answers import answers
 from bezoar.scanning import scan_session
 from bezoar.session import Session
 
@@ -41,7 +42,8 @@ def aftercare(
         rescan: Scan the cleaned model with this; None leaves it out.
     """
     x = clean.held_x if len(clean.held_x) else clean.x
-    same = _answers(session.suspect.module, x, session.run) == _answers(cleaned, x, session.run)
+    before, after = (answers(model, x, session.run.device) for model in (session.suspect.module, cleaned))
+    same = before == after
     with session.phase("aftercare"):
         steps = other = None
         if trigger is not None and label is not None:
@@ -87,7 +89,7 @@ def reactivation(model: nn.Module, clean: Clean, label: int, trigger: Trigger, r
     others = x[y != label][:256]
     generator = run.generator("reactivation")
     for step in range(LIMIT + 1):
-        if not len(others) or float((_answers(trained, trigger(others), run) == label).float().mean()) >= BACK:
+        if not len(others) or float((answers(trained, trigger(others), run.device) == label).float().mean()) >= BACK:
             return step if len(others) else None
         rows = torch.randint(len(clean.x), (_BATCH,), generator=generator)
         images, labels = clean.x[rows].clone(), clean.y[rows].clone()
@@ -99,9 +101,3 @@ def reactivation(model: nn.Module, clean: Clean, label: int, trigger: Trigger, r
         F.cross_entropy(logits(trained, images.to(run.device)), labels.to(run.device)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return None
-
-
-@torch.no_grad()
-def _answers(model: nn.Module, x: Tensor, run: Run) -> Tensor:
-    with frozen(model):
-        return torch.cat([logits(model, part.to(run.device)).argmax(1).cpu() for part in torch.split(x, 256)])

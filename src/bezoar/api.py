@@ -21,13 +21,13 @@ from bezoar.core.method import Clean, Purifier, Scanner
 from bezoar.core.registry import find, method_name
 from bezoar.core.results import Cleaning, LayerChange, Report, Verdict, write_atomic
 from bezoar.core.run import Report as Told
-from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import InvertedTrigger, Trigger, trigger_of, trigger_tensors
 from bezoar.evidence import scorers
 from bezoar.io.containers import sha256
 from bezoar.io.models import save_model
 from bezoar.io.suspects import read_suspects
-from bezoar.options import ModelOptions, RunOptions
+from bezoar.ops.answers import answers
+from bezoar.options import ModelOptions, RunOptions, divided
 from bezoar.report.html import render
 from bezoar.report.sarif import to_sarif
 from bezoar.scanners.neural_cleanse import NeuralCleanse
@@ -136,7 +136,7 @@ def scan(
     Raises:
         BezoarError: Model, data or settings cannot be used; the message says what to do.
     """
-    made, model_options, options = _settings(
+    made, model_options, options = divided(
         settings, _scanner(method), model_options or ModelOptions(), options or RunOptions()
     )
     scorers(options.evidence)  # a wrong name is told before the work
@@ -188,7 +188,7 @@ def purify(
         BezoarError: Model, data or settings cannot be used, or there is no trigger to unlearn.
     """
     purifier = find("purifiers", method)() if isinstance(method, str) else method
-    search, model_options, options = _settings(
+    search, model_options, options = divided(
         settings, _scanner(scanner), model_options or ModelOptions(), options or RunOptions()
     )
     least = 2 if purifier.needs_triggers and found is None else 1
@@ -218,19 +218,6 @@ def purify(
         else:
             Result(whole, found.triggers).save(out)
     return cleaned, whole
-
-
-def _settings(given: dict[str, Any], *parts: Any) -> list[Any]:
-    """Put each setting into the dataclass that has a field of its name."""
-    made = []
-    left = dict(given)
-    for part in parts:
-        own = {f.name: left.pop(f.name) for f in dataclasses.fields(part) if f.name in left}
-        made.append(dataclasses.replace(part, **own))
-    if left:
-        known = sorted({f.name for part in parts for f in dataclasses.fields(part)})
-        raise SettingError(f"unknown setting {next(iter(left))!r}", f"There are: {', '.join(known)}")
-    return made
 
 
 def _scanner(given: Scanner | str | None) -> Scanner:
@@ -329,12 +316,7 @@ def _purify(
 
 @torch.no_grad()
 def _accuracy(model: nn.Module, x: Tensor, y: Tensor, session: Session) -> float:
-    with frozen(model):
-        hits = [
-            logits(model, part.to(session.run.device)).argmax(1).cpu() == truth
-            for part, truth in zip(torch.split(x, 256), torch.split(y, 256), strict=True)
-        ]
-    return float(torch.cat(hits).float().mean())
+    return float((answers(model, x, session.run.device) == y).float().mean())
 
 
 def _success(model: nn.Module, trigger: Trigger | None, label: int | None, x: Tensor, session: Session) -> float | None:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,25 @@ import torch
 from torch import Tensor, nn
 
 from bezoar.core.errors import DataError
+from bezoar.core.examples import Subset
 from bezoar.core.filtered import FilterReport, LabelFindings
 from bezoar.core.filtering import Filter, Suspicion
 from bezoar.core.method import Clean
 from bezoar.core.model import Suspect
-from bezoar.core.pictures import png
+from bezoar.core.pictures import thumbnails
 from bezoar.core.registry import find, method_name
-from bezoar.core.results import DataFacts, RunFacts, Verdict, write_atomic
+from bezoar.core.results import DataFacts, Verdict, write_atomic
 from bezoar.core.run import Progress, Run
 from bezoar.core.run import Report as Told
-from bezoar.core.surgery import frozen, logits
 from bezoar.io.data import load_data, open_source, train_and_test
 from bezoar.io.data_readers._base import Picture, Wanted
 from bezoar.io.datasets import cache_folder
 from bezoar.io.models import load_model
 from bezoar.io.suspects import suspects_csv
 from bezoar.io.untrusted import UntrustedData, open_untrusted
+from bezoar.ops.answers import answers
 from bezoar.ops.augment import as_float
-from bezoar.options import ModelOptions, RunOptions
+from bezoar.options import ModelOptions, RunOptions, divided
 from bezoar.report.contact_sheet import SheetRow, Thumbnail, render_sheet
 from bezoar.session import device_named, size_is_open, sized_by
 from bezoar.version import __version__, versions
@@ -111,19 +111,16 @@ class Filtered:
     def _thumbnails(self, rows: Tensor) -> tuple[Thumbnail, ...]:
         if not len(rows):
             return ()
-        images = as_float(self.data.take(rows))
-        if max(images.shape[2:]) > _SIDE:
-            factor = _SIDE / max(images.shape[2:])
-            images = nn.functional.interpolate(images, scale_factor=factor, mode="area")
+        shown = thumbnails(as_float(self.data.take(rows)), _SIDE)
         return tuple(
             Thumbnail(
                 position=int(self.data.origin[row]),
                 name=self.data.name(row),
                 score=float(self.score[row]),
-                png=png(image),
+                png=image,
                 suspect=bool(self.suspect[row]),
             )
-            for row, image in zip(rows.tolist(), images, strict=True)
+            for row, image in zip(rows.tolist(), shown, strict=True)
         )
 
 
@@ -168,19 +165,13 @@ def filter_data(
     """
     method = default_filter(clean is not None) if method is None else method
     found = find("filters", method)() if isinstance(method, str) else method
-    model_options, options = _settings(settings, model_options or ModelOptions(), options or RunOptions())
+    model_options, options = divided(settings, model_options or ModelOptions(), options or RunOptions())
     job = _Job(model, data, found, clean, limit, max_unreadable, model_options, options, report)
     with job.prepared() as (suspect, examples, run):
         made = job.look(suspect, examples, run)
     if out is not None:
         made.save(out)
     return made
-
-
-def _settings(given: dict[str, Any], *parts: Any) -> list[Any]:
-    from bezoar.api import _settings as put
-
-    return put(given, *parts)
 
 
 @dataclass
@@ -306,29 +297,14 @@ class _Job:
             labels=_labels(examples, found),
             notes=dict(run.notes),
             warnings=(*suspect.warnings, *_of_data(examples), *run.warnings),
-            run=RunFacts(
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                seconds=dict(self.seconds),
-                image_gradients=0,
-                versions=versions(),
-                device=str(run.device),
-                threads=torch.get_num_threads(),
-                budget=self.options.budget,
-                budget_spent=run.budget_spent,
-            ),
+            run=run.facts(self.seconds, versions()),
         )
 
 
-@torch.no_grad()
 def _fit(model: nn.Module, examples: UntrustedData, run: Run) -> float:
     """Share of a sample that the model gives its label; a bad fit is told."""
     rows = torch.linspace(0, len(examples) - 1, min(_SAMPLE, len(examples))).long()
-    with frozen(model):
-        right = [
-            logits(model, as_float(examples.take(part)).to(run.device)).argmax(1).cpu() == examples.labels[part]
-            for part in torch.split(rows, 256)
-        ]
-    acc = float(torch.cat(right).double().mean())
+    acc = float((answers(model, Subset(examples, rows), run.device) == examples.labels[rows]).double().mean())
     if acc < max(0.5, 2 / examples.num_classes):
         run.warnings.append(
             f"the model gives only {acc:.0%} of the examples their label: was it trained on this data? Filters look "

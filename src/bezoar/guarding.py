@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from bezoar.api import Result, _scan, _scanner, _settings, _triggers_to_unlearn
+from bezoar.api import Result, _scan, _scanner, _triggers_to_unlearn
 from bezoar.core.errors import DataError, SettingError
 from bezoar.core.guarded import GuardFacts, GuardReport, Latency, Policy
 from bezoar.core.guarding import FittedGuard, Guard, Threshold, pixels, threshold
@@ -31,7 +31,7 @@ from bezoar.guarded import DriftWatch, GuardedModel
 from bezoar.io.exported import export_program, write_onnx, write_program
 from bezoar.io.models import load_model
 from bezoar.ops.stats import wilson
-from bezoar.options import ModelOptions, RunOptions
+from bezoar.options import ModelOptions, RunOptions, divided
 from bezoar.session import Session, open_session, size_is_open, sized_by
 
 _RUNS = 7
@@ -157,7 +157,7 @@ def guard(
         raise SettingError("policy 'label' and a safe label go together", "Give both, or neither")
     if (onnx or program) and out is None:
         raise SettingError("an exported model needs a folder", "Give out")
-    search, model_options, options = _settings(
+    search, model_options, options = divided(
         settings, _scanner(scanner), model_options or ModelOptions(), options or RunOptions()
     )
     least = 2 if made.needs_triggers and found is None else 1
@@ -209,7 +209,7 @@ def load_guard(folder: str | Path, model: str | Path | nn.Module, **settings: An
             raise ValueError(f"images of shape {facts.shape}")
     except (OSError, UnicodeDecodeError, SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{folder} does not hold a guard: {error}", "Give the folder of bezoar guard --out") from None
-    (options,) = _settings(settings, ModelOptions())
+    (options,) = divided(settings, ModelOptions())
     channels, height, width = facts.shape
     if size_is_open(model, options):
         options = sized_by((channels, height, width), model, options)

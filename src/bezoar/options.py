@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from bezoar.core.errors import SettingError
 
@@ -69,3 +71,16 @@ class RunOptions:
         ):
             if not valid:
                 raise SettingError(f"{name} must be {rule}, got {getattr(self, name)}")
+
+
+def divided(given: dict[str, Any], *parts: Any) -> list[Any]:
+    """Put each setting into the dataclass that has a field of its name."""
+    made = []
+    left = dict(given)
+    for part in parts:
+        own = {f.name: left.pop(f.name) for f in dataclasses.fields(part) if f.name in left}
+        made.append(dataclasses.replace(part, **own))
+    if left:
+        known = sorted({f.name for part in parts for f in dataclasses.fields(part)})
+        raise SettingError(f"unknown setting {next(iter(left))!r}", f"There are: {', '.join(known)}")
+    return made

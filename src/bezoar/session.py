@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +59,7 @@ class Session:
 
     def facts(self) -> RunFacts:
         """What differs from run to run."""
-        return RunFacts(
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            seconds=dict(self.seconds),
-            image_gradients=self.run.image_gradients,
-            versions=versions(),
-            device=str(self.run.device),
-            threads=torch.get_num_threads(),
-            budget=self.options.budget,
-            budget_spent=self.run.budget_spent,
-        )
+        return self.run.facts(self.seconds, versions())
 
     def to_purify(self) -> Clean:
         """The clean images divided for a purification, which needs most of them to train on."""

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from bezoar.core.errors import BezoarError, ModelError, SettingError
 from bezoar.core.examples import Subset
 from bezoar.core.filtering import Suspicion
 from bezoar.core.method import Clean
-from bezoar.core.pictures import png
+from bezoar.core.pictures import thumbnails
 from bezoar.core.registry import find, method_name
-from bezoar.core.results import RunFacts, write_atomic
+from bezoar.core.results import write_atomic
 from bezoar.core.run import Progress, Run
 from bezoar.core.run import Report as Told
 from bezoar.core.surgery import frozen, logits
@@ -32,6 +31,7 @@ from bezoar.io.containers import sha256
 from bezoar.io.data import CleanData, load_data
 from bezoar.io.suspects import ranked_csv, suspects_csv
 from bezoar.io.untrusted import UntrustedData, open_untrusted
+from bezoar.ops.answers import answers
 from bezoar.ops.augment import as_float
 from bezoar.ops.stats import wilson
 from bezoar.report.trained import Picture, render_training
@@ -230,8 +230,9 @@ class _Work:
         start = time.perf_counter()
         isolated = torch.zeros(len(self.data), dtype=torch.bool)
         isolated[trained.suspects] = True
-        acc = None if self.test is None else self._acc(trained.model, self.test)
-        kept = self._acc(trained.model, Subset(self.data, (~isolated).nonzero().flatten()))
+        acc = None if self.test is None else self._acc(trained.model, self.test.x, self.test.y)
+        rest = Subset(self.data, (~isolated).nonzero().flatten())
+        kept = self._acc(trained.model, rest, rest.labels)
         self.seconds["measure"] = round(time.perf_counter() - start, 3)
         return TrainReport(
             method=method_name(type(self.trainer)),
@@ -251,32 +252,12 @@ class _Work:
             curve=curve(trained.losses, isolated),
             notes=dict(self.run.notes),
             warnings=tuple(self.run.warnings),
-            run=self._facts(),
+            run=self.run.facts(self.seconds, versions()),
         )
 
-    def _facts(self) -> RunFacts:
-        return RunFacts(
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            seconds=dict(self.seconds),
-            image_gradients=0,
-            versions=versions(),
-            device=str(self.run.device),
-            threads=torch.get_num_threads(),
-            budget=self.run.budget,
-            budget_spent=self.run.budget_spent,
-        )
-
-    def _acc(self, model: nn.Module, images: CleanData | Subset) -> Accuracy:
-        hits, count = 0, len(images.y if isinstance(images, CleanData) else images.rows)
-        with frozen(model), torch.no_grad():
-            for rows in torch.split(torch.arange(count), 256):
-                x, y = (
-                    (images.x[rows], images.y[rows])
-                    if isinstance(images, CleanData)
-                    else (images.take(rows), images.labels[rows])
-                )
-                hits += int((logits(model, as_float(x).to(self.run.device)).argmax(1).cpu() == y).sum())
-        value = hits / count
+    def _acc(self, model: nn.Module, images: Tensor | Subset, labels: Tensor) -> Accuracy:
+        count = len(labels)
+        value = int((answers(model, images, self.run.device) == labels).sum()) / count
         low, high = wilson(value, count, _Z95)
         return Accuracy(value=value, low=max(0.0, low), high=min(1.0, high), count=count)
 
@@ -310,18 +291,16 @@ class _Work:
         rows = trained.suspects[:_PICTURES]
         if not len(rows):
             return ()
-        images, values = as_float(self.data.take(rows)), trained.ranked_by
-        if max(images.shape[2:]) > _SIDE:
-            images = nn.functional.interpolate(images, scale_factor=_SIDE / max(images.shape[2:]), mode="area")
+        shown = thumbnails(as_float(self.data.take(rows)), _SIDE)
         return tuple(
             Picture(
                 position=int(self.data.origin[row]),
                 name=self.data.name(row),
                 label=self.data.names[int(self.data.labels[row])],
                 value=value,
-                png=png(image),
+                png=image,
             )
-            for row, image, value in zip(rows.tolist(), images, values, strict=False)
+            for row, image, value in zip(rows.tolist(), shown, trained.ranked_by, strict=False)
         )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bezoar.attacks._attack import Examples, Training
+from bezoar.attacks._attack import Training
+from bezoar.core.examples import Examples
 from bezoar.ops.recipe import Recipe
 
 

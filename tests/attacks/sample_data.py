@@ -6,7 +6,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bezoar.attacks._attack import Examples, Training
+from bezoar.attacks._attack import Training
+from bezoar.core.examples import Examples
 from bezoar.core.run import Progress, Run
 from bezoar.ops.fit import Recipe
 

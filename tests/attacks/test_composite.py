@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from bezoar.attacks._attack import Examples, Training
+from bezoar.attacks._attack import Training
 from bezoar.attacks.composite import Composite, CompositeTrigger, _CompositeObjective, contrastive, half_mix
 from bezoar.core.errors import SettingError
+from bezoar.core.examples import Examples
 from bezoar.ops.fit import Batch, Recipe
 from tests.attacks.sample_data import assert_trigger, floats, levels, pictures
 

@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bezoar.attacks._attack import Examples, GroundTruth, Plant, Training
+from bezoar.attacks._attack import GroundTruth, Plant, Training
 from bezoar.attacks._labels import LabelMap
 from bezoar.attacks._store import load_truth, save_truth
 from bezoar.attacks.issba import ISSBA, MessageTrigger
 from bezoar.core.errors import SettingError
+from bezoar.core.examples import Examples
 from bezoar.core.run import Progress, Run
 from bezoar.ops.fit import as_float
 from tests.attacks.networks import bars, small_net, training

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from bezoar.attacks._attack import Examples, GroundTruth, Plant, Training
+from bezoar.attacks._attack import GroundTruth, Plant, Training
 from bezoar.attacks._generator import Generator
 from bezoar.attacks._labels import LabelMap
 from bezoar.attacks._store import NUMBERS, TEXT, load_truth, save_truth
 from bezoar.core.errors import DataError
+from bezoar.core.examples import Examples
 from bezoar.core.registry import methods
 from bezoar.core.trigger import AdditiveTrigger, MaskedTrigger
 from bezoar.ops.fit import Recipe

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
-from bezoar.attacks._attack import Examples, Training
+from bezoar.attacks._attack import Training
 from bezoar.attacks._in_batch import pick, share
 from bezoar.attacks.wanet import WaNet, _WarpBatches, draw_jitter, identity, smooth, warped
 from bezoar.core.errors import SettingError
+from bezoar.core.examples import Examples
 from bezoar.ops.fit import Batch, Recipe
 
 SHARED = Path(os.environ.get("BEZOAR_SHARED_DATA", Path(__file__).parents[2] / "../shared/data"))

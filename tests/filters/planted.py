@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from bezoar.core.examples import InMemory
+from bezoar.core.examples import Examples
 from bezoar.core.filtering import Filter, Suspicion
 from bezoar.core.method import Clean
 from bezoar.core.run import Run
@@ -40,9 +40,9 @@ def features(count: int, seed: int = 0, poison: float = 0.0, target: int = 2) ->
     return x.clamp(0, 1), y, bad
 
 
-def source(x: Tensor, y: Tensor, classes: int = CLASSES) -> InMemory:
+def source(x: Tensor, y: Tensor, classes: int = CLASSES) -> Examples:
     """Features as images."""
-    return InMemory(x[:, :, None, None], y, classes)
+    return Examples(x[:, :, None, None], y, classes)
 
 
 def clean_of(x: Tensor, y: Tensor, classes: int = CLASSES) -> Clean:
@@ -65,14 +65,14 @@ def judged(method: Filter, x: Tensor, y: Tensor, classes: int = CLASSES, run: Ru
 
 
 @functools.cache
-def toy(every: int, seed: int = 100) -> tuple[InMemory, Tensor]:
+def toy(every: int, seed: int = 100) -> tuple[Examples, Tensor]:
     """A training set of the toy's backdoored net: every so many images carry the trigger; and which."""
     x, y = images(900, seed)
     bad = torch.zeros(len(y), dtype=torch.bool)
     bad[::every] = True
     bad &= y != TARGET
     x[bad], y[bad] = trigger()(x[bad]), TARGET
-    return InMemory(x, y, LABELS), bad
+    return Examples(x, y, LABELS), bad
 
 
 def toy_judged(method: Filter, every: int, run: Run | None = None) -> tuple[Suspicion, Tensor]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bezoar.core.errors import BudgetSpent, SettingError
-from bezoar.core.examples import InMemory
+from bezoar.core.examples import Examples
 from bezoar.core.registry import methods
 from bezoar.core.run import Progress, Run
 from bezoar.evaluation.filters import Scores
@@ -130,7 +130,7 @@ def test_reading_a_few_at_a_time_and_keeping_them_on_disk_changes_nothing(kind, 
     data, _ = toy(40)
     largest = []
 
-    class Watched(InMemory):
+    class Watched(Examples):
         def take(self, rows):
             largest.append(len(rows))
             return super().take(rows)
@@ -151,7 +151,7 @@ def test_works_on_any_architecture(kind, name):
     x, y = examples(90)
     model = make(name)
     before = make(name)
-    found = kind()(model, InMemory(x, y, NET_CLASSES), Run(), few(60))
+    found = kind()(model, Examples(x, y, NET_CLASSES), Run(), few(60))
     assert bool(torch.isfinite(found.score).all())
     assert same(model, before)
     assert not hooks(model)

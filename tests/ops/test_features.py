@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from bezoar.core.errors import UnsupportedModel
-from bezoar.core.examples import InMemory
+from bezoar.core.examples import Examples
 from bezoar.core.run import Progress, Run
 from bezoar.ops.features import penultimate, read_features
 from tests.purifiers.nets import CLASSES, NAMES, examples, make
 from tests.toys import LABELS, images, trained
 
 
-def toy(count: int = 70) -> InMemory:
+def toy(count: int = 70) -> Examples:
     x, y = images(count, seed=5)
-    return InMemory(x, y, LABELS)
+    return Examples(x, y, LABELS)
 
 
 def test_features_are_what_goes_into_the_head():
@@ -34,7 +34,7 @@ def test_features_are_what_goes_into_the_head():
 def test_logits_follow_from_the_features_of_any_net(name):
     x, y = examples(9)
     model = make(name)
-    found = read_features(model, InMemory(x, y, CLASSES), Run(), batch=4)
+    found = read_features(model, Examples(x, y, CLASSES), Run(), batch=4)
     head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     with torch.no_grad():
         torch.testing.assert_close(head(found), model(x), rtol=1e-4, atol=1e-5)
@@ -52,14 +52,14 @@ def test_uint8_images_are_the_same_as_floats():
     x, y = images(12, seed=5)
     levels = (x * 255).round().to(torch.uint8)
     model = trained(backdoored=True)
-    one = read_features(model, InMemory(levels, y, LABELS), Run())
-    assert torch.equal(one, read_features(model, InMemory(levels.float() / 255, y, LABELS), Run()))
+    one = read_features(model, Examples(levels, y, LABELS), Run())
+    assert torch.equal(one, read_features(model, Examples(levels.float() / 255, y, LABELS), Run()))
 
 
-class Counting(InMemory):
+class Counting(Examples):
     """Counts the images that were read, and fails after so many batches."""
 
-    def __init__(self, data: InMemory, fails_after: int = 10**9) -> None:
+    def __init__(self, data: Examples, fails_after: int = 10**9) -> None:
         super().__init__(data.x, data.labels, data.num_classes)
         object.__setattr__(self, "read", [])
         object.__setattr__(self, "fails_after", fails_after)

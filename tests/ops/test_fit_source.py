@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bezoar.core.errors import SettingError
-from bezoar.core.examples import ExampleSource, InMemory, Subset
+from bezoar.core.examples import Examples, ExampleSource, Subset
 from bezoar.ops._checkpoint import digest
 from bezoar.ops.fit import Recipe, fit
 from tests.toys import LABELS, SIZE, images, net
@@ -50,7 +50,7 @@ def test_subset_is_the_subset():
     x, y = images(90, seed=1)
     rows = torch.arange(90)[::2].flip(0)
     whole, streamed = net(0), net(0)
-    part = Subset(InMemory(x, y, LABELS), rows)
+    part = Subset(Examples(x, y, LABELS), rows)
     assert (part.shape, part.num_classes) == ((3, SIZE, SIZE), LABELS)
     fit(whole, x[rows], y[rows], RECIPE, seed=3)
     fit(streamed, part, part.labels, RECIPE, seed=3)
@@ -80,7 +80,7 @@ def test_a_known_hash_is_trusted_and_nothing_is_read():
 def test_content_is_hashed_a_few_at_a_time():
     x, y = torch.rand(3000, 1, 2, 2), torch.zeros(3000, dtype=torch.int64)
     source = Counting(x, y)
-    assert digest(source) == digest(InMemory(x, y, LABELS))
+    assert digest(source) == digest(Examples(x, y, LABELS))
     assert source.most == 1024
     assert source.read == 3000
 

@@ -13,7 +13,9 @@ from torch import nn
 from bezoar.core.errors import BudgetSpent, SettingError
 from bezoar.core.method import Clean
 from bezoar.core.run import Run
-from bezoar.purifiers.abl_unlearn import ABLUnlearn, accuracy, predictions
+from bezoar.ops.answers import answers
+from bezoar.purifiers._choose import accuracy
+from bezoar.purifiers.abl_unlearn import ABLUnlearn
 from tests.purifiers.nets import NAMES, examples, few, form, hooks, make, same, toy_clean
 from tests.toys import TARGET, acc, asr, images, trained, trigger
 
@@ -49,7 +51,7 @@ def test_first_step_is_the_gradient_of_the_papers_objective():
     """Loss on clean examples minus that on suspects, one batch each, plain SGD."""
     clean = given(few(4), (examples(4, seed=9)[0], torch.tensor([1, 1, 1, 1])))
     model = make("plain")
-    clean = dataclasses.replace(clean, suspects=(clean.suspects[0], predictions(model, clean.suspects[0])))
+    clean = dataclasses.replace(clean, suspects=(clean.suspects[0], answers(model, clean.suspects[0])))
     by_hand = copy.deepcopy(model)
     loss = F.cross_entropy(by_hand(clean.x), clean.y) - F.cross_entropy(by_hand(clean.suspects[0]), clean.suspects[1])
     loss.backward()
@@ -73,7 +75,7 @@ def test_it_stops_where_the_clean_accuracy_would_fall():
     assert same(model, trained(backdoored=True)), "back to the weights before the first epoch"
     assert run.notes["unlearn_epochs"] == 0
     assert any("stopped after 0 epochs" in warning for warning in run.warnings)
-    assert accuracy(model, toy_clean()) > 0.95
+    assert accuracy(model, toy_clean().x, toy_clean().y) > 0.95
 
 
 def test_model_that_does_not_know_the_suspects_is_unchanged():
@@ -114,7 +116,7 @@ def test_works_on_any_architecture(name):
     model = make(name)
     x, _ = examples(12, seed=4)
     shapes = form(model)
-    found = ABLUnlearn(epochs=2, tolerance=1.0)(model, given(few(12), (x, predictions(model, x))), Run())
+    found = ABLUnlearn(epochs=2, tolerance=1.0)(model, given(few(12), (x, answers(model, x))), Run())
     assert form(found) == shapes
     assert not found.training
     assert not hooks(found)
@@ -135,7 +137,7 @@ class Half(nn.Module):
 def test_half_precision_comes_back():
     model, x = Half(), examples(12, seed=4)[0]
     before = copy.deepcopy(model)
-    ABLUnlearn(epochs=1, tolerance=1.0)(model, given(few(12), (x, predictions(model, x))), Run())
+    ABLUnlearn(epochs=1, tolerance=1.0)(model, given(few(12), (x, answers(model, x))), Run())
     assert form(model) == form(before)
     assert not same(model, before)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bezoar.core.errors import DataError, SettingError
-from bezoar.core.examples import InMemory, Subset
+from bezoar.core.examples import Examples, Subset
 from bezoar.core.run import Run
 from bezoar.core.training import Trained
 from bezoar.ops.fit import Recipe, fit
@@ -36,12 +36,12 @@ def hard(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @functools.cache
-def examples(poisoned: bool = True) -> InMemory:
+def examples(poisoned: bool = True) -> Examples:
     x, y = hard(900, seed=3)
     if poisoned:
         rows = poison()
         x[rows], y[rows] = trigger()(x[rows]), TARGET
-    return InMemory(x, y, LABELS)
+    return Examples(x, y, LABELS)
 
 
 def poison() -> torch.Tensor:
@@ -146,7 +146,7 @@ class Constant(nn.Module):
 
 def test_equal_losses_are_isolated_in_order():
     """Verify (d)."""
-    data = InMemory(torch.rand(60, 3, SIZE, SIZE), torch.zeros(60, dtype=torch.int64), LABELS)
+    data = Examples(torch.rand(60, 3, SIZE, SIZE), torch.zeros(60, dtype=torch.int64), LABELS)
     quick = ABL(rate=0.1, isolation_epochs=1, epochs=1, unlearn_epochs=0, lr=0.01, optimizer="sgd", pad=0)
     assert quick(Constant, data, Run()).suspects.tolist() == [0, 1, 2, 3, 4, 5]
 
@@ -204,7 +204,7 @@ def test_curves_come_back_from_the_file(tmp_path):
 # What is unlearned.
 
 
-def parts_of(isolated: torch.Tensor, poisoned: torch.Tensor, data: InMemory, **guard: float) -> _Parts:
+def parts_of(isolated: torch.Tensor, poisoned: torch.Tensor, data: Examples, **guard: float) -> _Parts:
     """The toy that :func:`tests.toys.trained` learned, divided as though these examples had been isolated."""
     rest = torch.ones(len(data.labels), dtype=torch.bool)
     rest[isolated] = False
@@ -220,14 +220,14 @@ def parts_of(isolated: torch.Tensor, poisoned: torch.Tensor, data: InMemory, **g
 
 
 @functools.cache
-def easy() -> tuple[InMemory, torch.Tensor, torch.Tensor]:
+def easy() -> tuple[Examples, torch.Tensor, torch.Tensor]:
     """What ``trained(backdoored=True)`` learned, which examples are poisoned, and which of them had another label."""
     x, y = images(900, seed=100)
     poisoned = torch.zeros(900, dtype=torch.bool)
     poisoned[::7] = True
     moved = (poisoned & (y != TARGET)).nonzero().flatten()
     x[poisoned], y[poisoned] = trigger()(x[poisoned]), TARGET
-    return InMemory(x, y, LABELS), poisoned, moved
+    return Examples(x, y, LABELS), poisoned, moved
 
 
 def test_backdoor_is_unlearned():
@@ -359,11 +359,11 @@ def test_log_odds_are_the_loss_without_the_factor_that_vanishes(values):
 # The guard.
 
 
-def _guard(data: InMemory, drop: float = 0.02, label_drop: float = 0.25) -> Guard:
+def _guard(data: Examples, drop: float = 0.02, label_drop: float = 0.25) -> Guard:
     return Guard(Subset(data, torch.arange(600)), Run(), drop, label_drop)
 
 
-def _batch(data: InMemory, rows: torch.Tensor) -> object:
+def _batch(data: Examples, rows: torch.Tensor) -> object:
     from bezoar.ops.objective import Batch
 
     return Batch(data.x[rows], data.labels[rows], rows, lambda x: x, torch.Generator().manual_seed(0))
@@ -463,7 +463,7 @@ def test_bad_settings(setting, value):
 
 
 def test_too_few_examples():
-    data = InMemory(torch.rand(50, 3, SIZE, SIZE), torch.arange(50) % LABELS, LABELS)
+    data = Examples(torch.rand(50, 3, SIZE, SIZE), torch.arange(50) % LABELS, LABELS)
     with pytest.raises(DataError, match="Give at least 100 examples"):
         ABL(rate=0.01)(lambda: net(0), data, Run())
 
@@ -478,7 +478,7 @@ def test_killed_training_ends_in_the_same_weights(tmp_path, monkeypatch, phase, 
     if (phase, unlearning) == ("unlearn", "joint"):
         pytest.skip("a joint unlearning has no phase of its own")
     monkeypatch.setenv("BEZOAR_CHECKPOINT_SECONDS", "0")
-    small = InMemory(examples().x[:300], examples().labels[:300], LABELS)
+    small = Examples(examples().x[:300], examples().labels[:300], LABELS)
     method = ABL(**QUICK | {"rate": 0.05, "epochs": 2, "unlearn_epochs": 3, "unlearning": unlearning})
 
     def killed(name: str, done: int, total: int, note: str) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from bezoar.core.errors import BudgetSpent, SettingError
-from bezoar.core.examples import InMemory
+from bezoar.core.examples import Examples
 from bezoar.core.run import Run
 from bezoar.ops.augment import cutmix, mixup
 from bezoar.ops.fit import Recipe, fit
@@ -17,8 +17,8 @@ from bezoar.trainers.strong_augmentation import Mixing, StrongAugmentation
 from tests.toys import LABELS, acc, images, net
 
 
-def examples(count: int = 300) -> InMemory:
-    return InMemory(*images(count, seed=3), LABELS)
+def examples(count: int = 300) -> Examples:
+    return Examples(*images(count, seed=3), LABELS)
 
 
 def test_plain_is_the_training_loop():

@@ -15,7 +15,7 @@ from torch import nn
 import bezoar
 from bezoar.cli.main import main
 from bezoar.core.errors import DataError, SettingError
-from bezoar.core.examples import InMemory, Subset
+from bezoar.core.examples import Examples, Subset
 from bezoar.core.filtering import Suspicion
 from bezoar.core.method import Clean
 from bezoar.core.registry import find
@@ -40,8 +40,8 @@ def known(count: int = 120) -> Clean:
 
 
 @functools.cache
-def clean_set() -> InMemory:
-    return InMemory(*images(900, seed=100), LABELS)
+def clean_set() -> Examples:
+    return Examples(*images(900, seed=100), LABELS)
 
 
 def build() -> nn.Module:

@@ -12,31 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from bezoar.attacks._labels import LabelMap
+from bezoar.core.examples import Examples
 from bezoar.core.method import Method
 from bezoar.core.run import Run
 from bezoar.core.trigger import Trigger
 from bezoar.ops.fit import Objective, Recipe, fit
-
-
-@dataclass(frozen=True)
-class Examples:
-    """A labelled training set.
-
-    Attributes:
-        x: ``(N, C, H, W)`` images, uint8 in [0, 255] or float in [0, 1].
-        y: ``(N,)`` int64 labels.
-        num_classes: Number of labels K.
-    """
-
-    x: Tensor
-    y: Tensor
-    num_classes: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(C, H, W)`` of one image."""
-        channels, height, width = self.x.shape[1:]
-        return channels, height, width
 
 
 @dataclass(frozen=True)

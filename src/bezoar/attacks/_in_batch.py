@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar.attacks._attack import Attack, Backdoored, Control, Examples, GroundTruth, Plant
+from bezoar.attacks._attack import Attack, Backdoored, Control, GroundTruth, Plant
 from bezoar.attacks._labels import Kind, LabelMap
 from bezoar.attacks._poison import stamped
+from bezoar.core.examples import Examples
 from bezoar.core.trigger import Trigger
 
 
@@ -79,20 +80,6 @@ def carried(data: Examples, backdoored: Backdoored) -> Examples:
     if len(backdoored.cover):
         x[backdoored.cover] = stamped(truth.controls[0].trigger, x[backdoored.cover])
     return Examples(x, y, data.num_classes)
-
-
-class Stateless:
-    """The part of an objective that one without state of its own leaves out."""
-
-    def epoch(self, model: nn.Module, number: int, epochs: int) -> None:
-        """Nothing changes between epochs."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
 
 
 class Companion:

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar.attacks._attack import Examples, Training
-from bezoar.attacks._in_batch import Stateless
+from bezoar.attacks._attack import Training
 from bezoar.core.errors import SettingError, UnsupportedModel
+from bezoar.core.examples import Examples
 from bezoar.core.method import Method
-from bezoar.ops.objective import Batch
+from bezoar.ops.objective import Batch, Stateless
 
 
 def require_training(attack: Method, training: Training | None) -> Training:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bezoar.attacks._attack import Attack, Backdoored, Examples, GroundTruth, Plant, Training
+from bezoar.attacks._attack import Attack, Backdoored, GroundTruth, Plant, Training
 from bezoar.attacks._labels import Kind, LabelMap
 from bezoar.core.errors import SettingError
+from bezoar.core.examples import Examples
 from bezoar.core.trigger import Trigger
 from bezoar.ops.fit import as_float
 

@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bezoar.attacks._attack import Examples, Training
+from bezoar.attacks._attack import Training
 from bezoar.attacks._cover import CoverAllClasses
 from bezoar.attacks._poison import Poisoned, stamped
 from bezoar.core.errors import SettingError
+from bezoar.core.examples import Examples
 from bezoar.core.trigger import Trigger
 
 

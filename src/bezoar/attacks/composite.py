@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar.attacks._attack import Attack, Backdoored, Examples, GroundTruth, Plant, Training
+from bezoar.attacks._attack import Attack, Backdoored, GroundTruth, Plant, Training
 from bezoar.attacks._draws import draws
-from bezoar.attacks._in_batch import Stateless, poisoned_afresh
+from bezoar.attacks._in_batch import poisoned_afresh
 from bezoar.attacks._labels import LabelMap
 from bezoar.core.errors import SettingError
+from bezoar.core.examples import Examples
 from bezoar.ops.fit import Batch, as_float
+from bezoar.ops.objective import Stateless
 
 _LARGE = 2**31 - 1
 

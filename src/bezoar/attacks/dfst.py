@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar.attacks._attack import Backdoored, Examples, Training
+from bezoar.attacks._attack import Backdoored, Training
 from bezoar.attacks._network import find_layer, output_layer, watched
 from bezoar.attacks._poison import PoisonAttack
+from bezoar.core.examples import Examples
 from bezoar.core.surgery import frozen
 from bezoar.ops.augment import as_float
 from bezoar.ops.objective import Batch

@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bezoar.attacks._attack import Backdoored, Examples, GroundTruth, Plant, Training
+from bezoar.attacks._attack import Backdoored, GroundTruth, Plant, Training
 from bezoar.attacks._network import inputs_of, output_layer, require_training, retrain
 from bezoar.attacks._patch import in_corner, place
 from bezoar.attacks._poison import PoisonAttack, Poisoned
 from bezoar.core.errors import SettingError
+from bezoar.core.examples import Examples
 from bezoar.core.surgery import frozen
 from bezoar.core.trigger import MaskedTrigger
 from bezoar.ops.augment import as_float

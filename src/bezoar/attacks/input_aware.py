@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar.attacks._attack import Backdoored, Control, Examples, Training
+from bezoar.attacks._attack import Backdoored, Control, Training
 from bezoar.attacks._generator import Generator, build, on
-from bezoar.attacks._in_batch import Companion, InBatchAttack, Stateless, cross_entropy, frozen, pick, share
+from bezoar.attacks._in_batch import Companion, InBatchAttack, cross_entropy, frozen, pick, share
 from bezoar.attacks._labels import LabelMap
+from bezoar.core.examples import Examples
 from bezoar.ops.fit import Batch, as_float
+from bezoar.ops.objective import Stateless
 
 # Shares of the training at which the generator's learning rate falls to a tenth: epochs 200, 300, 400, 500 of 600.
 _GENERATOR_DROPS = (1 / 3, 1 / 2, 2 / 3, 5 / 6)

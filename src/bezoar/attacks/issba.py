@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar.attacks._attack import Examples, Training
+from bezoar.attacks._attack import Training
 from bezoar.attacks._network import on_device, require_training
 from bezoar.attacks._poison import PoisonAttack, Poisoned
 from bezoar.core.errors import SettingError
+from bezoar.core.examples import Examples
 from bezoar.core.trigger import Trigger
 from bezoar.ops.augment import as_float
 from bezoar.ops.objective import Batch

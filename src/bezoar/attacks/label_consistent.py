@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar.attacks._attack import Examples, Training
-from bezoar.attacks._in_batch import Stateless
+from bezoar.attacks._attack import Training
 from bezoar.attacks._network import require_training
 from bezoar.attacks._poison import PoisonAttack, Poisoned, stamped
 from bezoar.core.errors import SettingError
+from bezoar.core.examples import Examples
 from bezoar.core.surgery import frozen
 from bezoar.core.trigger import AdditiveTrigger
-from bezoar.ops.objective import Batch
+from bezoar.ops.objective import Batch, Stateless
 
 # Signs of the 3x3 pattern in the bottom right corner.
 _SIGNS = ((-1.0, -1.0, 1.0), (-1.0, 1.0, -1.0), (1.0, -1.0, 1.0))

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar.attacks._attack import Backdoored, Examples, Training
+from bezoar.attacks._attack import Backdoored, Training
 from bezoar.attacks._generator import build, on
-from bezoar.attacks._in_batch import Companion, InBatchAttack, Stateless, cross_entropy, frozen
+from bezoar.attacks._in_batch import Companion, InBatchAttack, cross_entropy, frozen
 from bezoar.attacks._labels import LabelMap
+from bezoar.core.examples import Examples
 from bezoar.ops.fit import Batch
+from bezoar.ops.objective import Stateless
 
 
 @dataclass(frozen=True, eq=False)

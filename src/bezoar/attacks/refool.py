@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bezoar.attacks._attack import Examples, Training
+from bezoar.attacks._attack import Training
 from bezoar.attacks._pictures import read_folder
 from bezoar.attacks._poison import PoisonAttack, Poisoned
 from bezoar.attacks._reflection import ReflectionTrigger, reflections
 from bezoar.core.errors import SettingError
+from bezoar.core.examples import Examples
 from bezoar.ops.fit import as_float
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bezoar.attacks._attack import Attack, Backdoored, Examples, GroundTruth, Plant, Training
+from bezoar.attacks._attack import Attack, Backdoored, GroundTruth, Plant, Training
 from bezoar.attacks._poison import PoisonAttack, Poisoned
 from bezoar.attacks._text import parse, written
 from bezoar.core.errors import SettingError
+from bezoar.core.examples import Examples
 from bezoar.core.registry import method_name
 
 

@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bezoar.attacks._attack import Backdoored, Examples, Training
+from bezoar.attacks._attack import Backdoored, Training
 from bezoar.attacks._network import find_layer, require_training, retrain, watched, weighted_layers
 from bezoar.attacks._poison import PoisonAttack, Poisoned
 from bezoar.core.errors import SettingError, UnsupportedModel
+from bezoar.core.examples import Examples
 from bezoar.core.surgery import frozen
 from bezoar.core.trigger import MaskedTrigger, Trigger
 from bezoar.ops.augment import as_float

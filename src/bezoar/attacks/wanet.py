@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar.attacks._attack import Backdoored, Control, Examples, Training
-from bezoar.attacks._in_batch import InBatchAttack, Stateless, cross_entropy, pick, share
+from bezoar.attacks._attack import Backdoored, Control, Training
+from bezoar.attacks._in_batch import InBatchAttack, cross_entropy, pick, share
 from bezoar.attacks._labels import LabelMap
+from bezoar.core.examples import Examples
 from bezoar.core.run import generator as seeded
 from bezoar.ops.fit import Batch
+from bezoar.ops.objective import Stateless
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,18 +37,23 @@ class ExampleSource(Protocol):
 
 
 @dataclass(frozen=True)
-class InMemory:
-    """Examples that are in memory already.
+class Examples:
+    """A labelled training set that is in memory.
 
     Attributes:
         x: ``(N, C, H, W)`` images, uint8 in [0, 255] or float in [0, 1].
-        labels: ``(N,)`` int64 labels.
+        y: ``(N,)`` int64 labels.
         num_classes: Number of labels K.
     """
 
     x: Tensor
-    labels: Tensor
+    y: Tensor
     num_classes: int
+
+    @property
+    def labels(self) -> Tensor:
+        """``(N,)`` int64 labels, see :class:`ExampleSource`."""
+        return self.y
 
     @property
     def shape(self) -> tuple[int, int, int]:

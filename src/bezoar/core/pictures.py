@@ -8,6 +8,7 @@ import io
 from typing import Any
 
 import numpy as np
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -33,6 +34,13 @@ def png(image: Tensor | NDArray[Any]) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", compress_level=9)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def thumbnails(images: Tensor, side: int) -> list[str]:
+    """``(B, C, H, W)`` images in [0, 1] as base64 PNG, made smaller where a side is longer than ``side`` pixels."""
+    if max(images.shape[2:]) > side:
+        images = F.interpolate(images, scale_factor=side / max(images.shape[2:]), mode="area")
+    return [png(image) for image in images]
 
 
 def stamp_picture(mask: Tensor | NDArray[Any], pattern: Tensor | NDArray[Any]) -> str:

@@ -6,14 +6,16 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bezoar.core.errors import BudgetSpent
+from bezoar.core.results import RunFacts
 
 #: Told of progress: name of the phase, steps done, steps in all, what is in the lead.
 Report = Callable[[str, int, int, str], None]
@@ -128,6 +130,24 @@ class Run:
         if self.spendable <= 0:
             self.budget_spent = True
             raise BudgetSpent(f"the budget of {self.budget:g} seconds is spent")
+
+    def facts(self, seconds: Mapping[str, float], versions: Mapping[str, str]) -> RunFacts:
+        """What differs from run to run, for a report.
+
+        Args:
+            seconds: Wall time of each phase.
+            versions: Of the software.
+        """
+        return RunFacts(
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=dict(seconds),
+            image_gradients=self.image_gradients,
+            versions=dict(versions),
+            device=str(self.device),
+            threads=torch.get_num_threads(),
+            budget=self.budget,
+            budget_spent=self.budget_spent,
+        )
 
     def generator(self, *key: object) -> torch.Generator:
         """A CPU generator that depends on the seed and the key alone, never on the order of calls."""

@@ -14,8 +14,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from bezoar.attacks._attack import Examples, GroundTruth
+from bezoar.attacks._attack import GroundTruth
 from bezoar.attacks._poison import stamped
+from bezoar.core.examples import Examples
 from bezoar.core.pictures import png
 from bezoar.io.containers import replace_when_done
 from bezoar.ops.fit import as_float

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -18,13 +17,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from bezoar.attacks._attack import Attack, Backdoored, Examples, Plant, Training
+from bezoar.attacks._attack import Attack, Backdoored, Plant, Training
 from bezoar.attacks._in_batch import carried
 from bezoar.attacks._poison import Poisoned
 from bezoar.attacks._store import NUMBERS, TEXT, save_truth
 from bezoar.core.errors import BezoarError, DataError, MissingExtra, ModelError, SettingError
+from bezoar.core.examples import Examples
 from bezoar.core.registry import method_name
-from bezoar.core.results import RunFacts, write_atomic
+from bezoar.core.results import write_atomic
 from bezoar.core.run import Run
 from bezoar.core.surgery import logits
 from bezoar.evaluation.export import examples_sheet, export_images, export_npz
@@ -335,14 +335,7 @@ class _Work:
             files=self.files,
             warnings=(*victim.splits.notes, *self.warnings),
             key=self.key,
-            run=RunFacts(
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                seconds=self.seconds,
-                image_gradients=0,
-                versions=self.versions,
-                device=str(self.run.device),
-                threads=torch.get_num_threads(),
-            ),
+            run=self.run.facts(self.seconds, self.versions),
         )
 
 

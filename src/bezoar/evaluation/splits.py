@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bezoar.attacks._attack import Examples
 from bezoar.core.errors import DataError
+from bezoar.core.examples import Examples
 from bezoar.core.results import DataFacts
 from bezoar.io.data import CleanData, choose, load_data, train_and_test
 from bezoar.io.data_readers.npz import NpzPart

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bezoar.core.examples import ExampleSource, InMemory
+from bezoar.core.examples import Examples, ExampleSource
 from bezoar.core.filtering import Filter, Suspicion
 from bezoar.core.method import Clean
 from bezoar.core.run import Run
@@ -56,7 +56,7 @@ class SCAn(Filter):
     def filter(self, model: nn.Module, examples: ExampleSource, run: Run, clean: Clean | None) -> Suspicion:
         """See :class:`bezoar.core.filtering.Filter`."""
         assert clean is not None
-        known = read_features(model, InMemory(clean.x, clean.y, clean.num_classes), run).double()
+        known = read_features(model, Examples(clean.x, clean.y, clean.num_classes), run).double()
         features = read_features(model, examples, run, folder=run.progress.folder)
         metric = decompose(known, clean.y, self.ridge)
         middle = features.mean(0, dtype=torch.float64)

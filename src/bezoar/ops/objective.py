@@ -48,3 +48,17 @@ class Objective(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state; its tensors are on the CPU."""
+
+
+class Stateless:
+    """The part of an objective that one without state of its own leaves out."""
+
+    def epoch(self, model: nn.Module, number: int, epochs: int) -> None:
+        """Nothing changes between epochs."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""

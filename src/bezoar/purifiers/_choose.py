@@ -4,28 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor, nn
 
-from bezoar.core.surgery import frozen, logits
+from bezoar.ops.answers import answers
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch: int = 256) -> float:
     """Share of ``(N, C, H, W)`` images that the model gives their ``(N,)`` labels, in eval mode; left as it was."""
-    return float((answers(model, x, batch) == y.cpu()).double().mean())
-
-
-def agreement(model: nn.Module, x: Tensor, other: Tensor, batch: int = 256) -> float:
-    """Share of ``(N, C, H, W)`` images that the model gives the same label as their changed copies."""
-    return float((answers(model, x, batch) == answers(model, other, batch)).double().mean())
-
-
-@torch.no_grad()
-def answers(model: nn.Module, x: Tensor, batch: int = 256) -> Tensor:
-    """``(N,)`` labels that the model gives to images, in eval mode and on the CPU; the model is left as it was."""
-    device = next(model.parameters()).device
-    with frozen(model):
-        return torch.cat([logits(model, part.to(device)).argmax(1).cpu() for part in torch.split(x, batch)])
+    return float((answers(model, x, batch=batch) == y.cpu()).double().mean())
 
 
 def strongest(settings: Iterable[float], accuracy_at: Callable[[float], float], floor: float) -> float | None:

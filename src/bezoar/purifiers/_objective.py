@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 from bezoar.core.run import Run
 from bezoar.core.surgery import logits
 from bezoar.ops.normalisation import batch_norms, fix_statistics
-from bezoar.ops.objective import Batch
+from bezoar.ops.objective import Batch, Stateless
 
 
-class CleanLoss:
+class CleanLoss(Stateless):
     """Cross-entropy on the augmented images; the base of richer objectives.
 
     Args:
@@ -47,13 +46,6 @@ class CleanLoss:
         del number, epochs
         if self.fixed:
             fix_statistics(model)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: these trainings are not kept."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
 
 
 def too_few_for_statistics(model: nn.Module, count: int, run: Run) -> bool:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from bezoar.core.method import Clean, Purifier
 from bezoar.core.run import Run
-from bezoar.core.surgery import frozen, logits
+from bezoar.core.surgery import logits
 from bezoar.core.trigger import InvertedTrigger
-from bezoar.ops.augment import as_float
+from bezoar.ops.answers import answers
 from bezoar.ops.batches import passes
 from bezoar.ops.normalisation import fix_statistics
 from bezoar.ops.precision import full_precision
+from bezoar.purifiers._choose import accuracy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,21 +76,21 @@ class ABLUnlearn(Purifier):
         del triggers
         assert clean.suspects is not None
         x, y = (part[: self.most] for part in clean.suspects)
-        given = predictions(model, x) == y
+        given = answers(model, x) == y
         run.notes |= {"suspects": len(y), "suspects_before": round(float(given.double().mean()), 4)}
         if float(given.double().mean()) <= 1 / clean.num_classes:
             run.warnings.append("The model gives the suspects their labels no more often than chance: it is unchanged")
             return model
         with full_precision(model):
             self._unlearn(model, clean, x[given], y[given], run)
-        run.notes["suspects_after"] = round(float((predictions(model, x) == y).double().mean()), 4)
+        run.notes["suspects_after"] = round(float((answers(model, x) == y).double().mean()), 4)
         return model
 
     def _unlearn(self, model: nn.Module, clean: Clean, x: Tensor, y: Tensor, run: Run) -> None:
         wanted = [p for p in model.parameters() if p.requires_grad]
         nesterov = {"momentum": 0.9, "nesterov": True, "weight_decay": self.weight_decay}
         optimizer = torch.optim.SGD(wanted, lr=self.lr, **nesterov)  # type: ignore[arg-type]
-        lowest = accuracy(model, clean) - self.tolerance
+        lowest = accuracy(model, clean.x, clean.y) - self.tolerance
         others = self._clean(model, clean, run)
         good = copy.deepcopy(model.state_dict())
         done = 0
@@ -97,7 +98,7 @@ class ABLUnlearn(Purifier):
             finite = all(
                 self._step(model, optimizer, batch, next(others)) for batch in self._suspects(model, x, y, run, epoch)
             )
-            if not finite or accuracy(model, clean) < lowest:
+            if not finite or accuracy(model, clean.x, clean.y) < lowest:
                 model.load_state_dict(good)
                 run.warnings.append(
                     f"Unlearning stopped after {done} epochs, before the accuracy on the clean examples fell by more "
@@ -105,7 +106,7 @@ class ABLUnlearn(Purifier):
                 )
                 break
             good, done = copy.deepcopy(model.state_dict()), epoch + 1
-            if float((predictions(model, x) == y).double().mean()) <= 1 / clean.num_classes:
+            if float((answers(model, x) == y).double().mean()) <= 1 / clean.num_classes:
                 break
         run.notes["unlearn_epochs"] = done
 
@@ -149,19 +150,6 @@ class ABLUnlearn(Purifier):
         generator = run.generator("abl-unlearn", "clean")
         while True:
             yield from passes(clean.x, clean.y, self.batch, generator, device=_device(model), least=2)
-
-
-@torch.no_grad()
-def predictions(model: nn.Module, x: Tensor, batch: int = 256) -> Tensor:
-    """``(N,)`` labels that the model gives in eval mode."""
-    with frozen(model):
-        parts = [logits(model, as_float(part).to(_device(model))).argmax(1).cpu() for part in torch.split(x, batch)]
-    return torch.cat(parts)
-
-
-def accuracy(model: nn.Module, clean: Clean) -> float:
-    """Share of the clean examples to work with that the model gets right."""
-    return float((predictions(model, clean.x) == clean.y.cpu()).double().mean())
 
 
 def _device(model: nn.Module) -> torch.device:

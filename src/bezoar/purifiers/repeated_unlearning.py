@@ -16,10 +16,10 @@ from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import InvertedTrigger
+from bezoar.ops.answers import answers
 from bezoar.ops.enlarge import changed, enlarged
 from bezoar.ops.fit import fit
 from bezoar.ops.objective import Batch
-from bezoar.purifiers._choose import agreement
 from bezoar.purifiers._objective import CleanLoss, enough_epochs, too_few_for_statistics
 from bezoar.purifiers._probe import MOST_LABELS, inverted
 from bezoar.purifiers._tuning import Tuning
@@ -125,9 +125,9 @@ def average(model: nn.Module, other: Mapping[str, Tensor], share: float) -> None
 
 def _steady(model: nn.Module, clean: Clean, run: Run) -> bool:
     """Whether a model keeps most of its answers when the images change slightly."""
-    generator = run.generator("steady")
-    same = [agreement(model, clean.x, changed(clean.x, generator)) for _ in range(STEADY_DRAWS)]
-    return sum(same) >= STEADY * len(same)
+    generator, before = run.generator("steady"), answers(model, clean.x)
+    same = [(answers(model, changed(clean.x, generator)) == before).double() for _ in range(STEADY_DRAWS)]
+    return float(torch.stack(same).mean()) >= STEADY
 
 
 class _Forgetting(CleanLoss):

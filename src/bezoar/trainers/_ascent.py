@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bezoar.core.examples import ExampleSource
 from bezoar.ops.augment import as_float
 from bezoar.ops.normalisation import fix_statistics, statistics_kept
-from bezoar.ops.objective import Batch
+from bezoar.ops.objective import Batch, Stateless
 from bezoar.trainers._guard import Guard
 
 Floor = Literal["lga", "lga-batch", "flooding"]
@@ -70,7 +70,7 @@ class Watcher:
         self._function(model, done)
 
 
-class Isolating:
+class Isolating(Stateless):
     """Trains with a floor under the loss, and shows the model before each epoch.
 
     Args:
@@ -91,14 +91,6 @@ class Isolating:
         """Show the model."""
         del epochs
         self.watcher(model, number)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
-        del state
 
 
 class Unlearning:

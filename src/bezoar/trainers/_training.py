@@ -16,6 +16,7 @@ from bezoar.core.examples import ExampleSource
 from bezoar.core.run import Run
 from bezoar.core.surgery import frozen, logits
 from bezoar.core.training import Trainer
+from bezoar.ops.answers import answers
 from bezoar.ops.augment import as_float
 from bezoar.ops.fit import Progress
 from bezoar.ops.normalisation import batch_norms
@@ -109,12 +110,7 @@ def losses_of(
 
 def correct(model: nn.Module, examples: ExampleSource, run: Run) -> Tensor:
     """``(N,)`` bool: which examples the model gives their label, in eval mode; the model stays as it is."""
-    hits = []
-    with frozen(model), torch.no_grad():
-        for rows in torch.split(torch.arange(len(examples.labels)), _CHUNK):
-            out = logits(model, as_float(examples.take(rows)).to(run.device))
-            hits.append(out.argmax(1).cpu() == examples.labels[rows])
-    return torch.cat(hits) if hits else torch.empty(0, dtype=torch.bool)
+    return answers(model, examples, run.device) == examples.labels
 
 
 class Curves:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bezoar.core.errors import DataError
-from bezoar.core.examples import ExampleSource, InMemory, Subset
+from bezoar.core.examples import Examples, ExampleSource, Subset
 from bezoar.core.fields import fields_from
 from bezoar.core.filtering import Filter, Suspicion
 from bezoar.core.method import Clean, own_randomness
@@ -137,7 +137,7 @@ class Filtered(Plain):
 
     def _compare(self, first: nn.Module, second: nn.Module, clean: Clean, run: Run) -> None:
         """Neither model was trained on the clean examples, so they tell what the second training cost."""
-        known = InMemory(clean.x, clean.y, clean.num_classes)
+        known = Examples(clean.x, clean.y, clean.num_classes)
         before, after = (float(correct(model, known, run).double().mean()) for model in (first, second))
         run.notes["clean_accuracy"] = [round(before, 4), round(after, 4)]
         if before - after > self.max_drop:

@@ -14,6 +14,7 @@ from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.core.training import Trained
 from bezoar.ops.fit import fit
+from bezoar.ops.objective import Objective
 from bezoar.trainers._training import Settings, kept, tell
 
 
@@ -59,6 +60,10 @@ class Plain(Settings):
         del clean
         return Trained(self.learned(build, examples, run, folder, "train"))
 
+    def objective(self) -> Objective | None:
+        """What is minimised instead of the cross-entropy on augmented images."""
+        return None
+
     def learned(
         self, build: Callable[[], nn.Module], examples: ExampleSource, run: Run, folder: Path | None, phase: str
     ) -> nn.Module:
@@ -75,6 +80,7 @@ class Plain(Settings):
             examples.labels,
             self.recipe(model, epochs=self.epochs, schedule=self.schedule, **self.augmentation()),
             seed=run.seed,
+            objective=self.objective(),
             progress=tell(run, phase),
             checkpoint=kept(folder, phase),
         )

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar.core.examples import ExampleSource
-from bezoar.core.method import Clean
-from bezoar.core.run import Run
-from bezoar.core.training import Trained
 from bezoar.ops.augment import cutmix, mixup
-from bezoar.ops.fit import fit
-from bezoar.ops.objective import Batch
-from bezoar.trainers._training import Settings, kept, tell
+from bezoar.ops.objective import Batch, Stateless
+from bezoar.trainers.plain import Plain
 
 
 @dataclass(frozen=True, kw_only=True)
-class StrongAugmentation(Settings):
+class StrongAugmentation(Plain):
     """Training on images that are mixed with each other, which weakens a backdoor and costs no accuracy.
 
     It isolates nothing and asks nothing of the data, so it is a baseline for what does.
@@ -52,43 +45,19 @@ class StrongAugmentation(Settings):
     mix: Literal["cutmix", "mixup", "both"] = "cutmix"
     alpha: float = 1.0
     probability: float = 1.0
-    epochs: int = 30
-    schedule: Literal["constant", "cosine", "onecycle", "step"] = "onecycle"
-    weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("mix", self.mix in ("cutmix", "mixup", "both"), "cutmix, mixup or both")
         self.require("alpha", self.alpha > 0, "above 0")
         self.require("probability", 0 <= self.probability <= 1, "in [0, 1]")
-        self.require("epochs", self.epochs >= 1, "at least 1")
-        self.require("schedule", self.schedule in ("constant", "cosine", "onecycle", "step"), "a known schedule")
 
-    def train(
-        self,
-        build: Callable[[], nn.Module],
-        examples: ExampleSource,
-        run: Run,
-        folder: Path | None,
-        clean: Clean | None,
-    ) -> Trained:
-        """See :class:`bezoar.core.training.Trainer`; no example is isolated."""
-        del clean
-        model = build().to(run.device)
-        fit(
-            model,
-            examples,
-            examples.labels,
-            self.recipe(model, epochs=self.epochs, schedule=self.schedule, **self.augmentation()),
-            seed=run.seed,
-            objective=Mixing(self.mix, self.alpha, self.probability),
-            progress=tell(run, "train"),
-            checkpoint=kept(folder, "train"),
-        )
-        return Trained(model)
+    def objective(self) -> Mixing:
+        """See :class:`Plain`."""
+        return Mixing(self.mix, self.alpha, self.probability)
 
 
-class Mixing:
+class Mixing(Stateless):
     """Cross-entropy of mixed images, weighted by the shares of their labels.
 
     Args:
@@ -108,13 +77,3 @@ class Mixing:
         mixed, pairs, share = (mixup if blend else cutmix)(x, self.alpha, batch.generator)
         logits, other = model(mixed), batch.y[pairs.to(batch.y.device)]
         return share * F.cross_entropy(logits, batch.y) + (1 - share) * F.cross_entropy(logits, other)
-
-    def epoch(self, model: nn.Module, number: int, epochs: int) -> None:
-        """Nothing."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
