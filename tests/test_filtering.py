@@ -15,6 +15,7 @@ import bezoar
 from bezoar.cli import _output
 from bezoar.core.errors import DataError, SettingError
 from bezoar.core.filtered import FilterReport
+from bezoar.filters.abl_isolation import ABLIsolation
 from bezoar.filters.scan import SCAn
 from bezoar.io.untrusted import UntrustedData, open_untrusted
 from bezoar.options import ModelOptions
@@ -254,3 +255,11 @@ def test_wrong_settings_are_refused():
         bezoar.filter_data(model, (x, y), method="spectral")
     with pytest.raises(DataError):
         bezoar.filter_data(model, (x, y + 1), model_options=ModelOptions())
+
+
+def test_filter_that_trains_anew_does_not_ask_for_a_trained_model():
+    x, y, _ = toy_data()
+    result = bezoar.filter_data(trained(backdoored=True), (1 - x, y), method=ABLIsolation(epochs=1))
+    assert not any("was it trained on this data" in warning for warning in result.report.warnings)
+    assert result.report.suspects == len(y) // 100
+    assert result.report.verdict == "inconclusive"

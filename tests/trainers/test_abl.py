@@ -18,10 +18,11 @@ from bezoar.core.examples import Examples, Subset
 from bezoar.core.run import Run
 from bezoar.core.training import Trained
 from bezoar.ops.fit import Recipe, fit
-from bezoar.trainers._ascent import Isolating, Joint, Over, Unlearning, Watcher, floored, raised
+from bezoar.ops.isolation import Isolating, Over, Watcher, floored, isolated_count
+from bezoar.ops.losses import Curves, losses_of
+from bezoar.trainers._ascent import Joint, Unlearning, raised
 from bezoar.trainers._guard import Guard, slow
-from bezoar.trainers._training import Curves, losses_of
-from bezoar.trainers.abl import ABL, _Parts, candidates, drawn, isolated_count
+from bezoar.trainers.abl import ABL, _Parts, candidates, drawn, hardly_tied
 from tests.toys import LABELS, SIZE, TARGET, acc, asr, images, net, trigger
 from tests.toys import trained as toy
 
@@ -263,12 +264,72 @@ def test_without_the_guard_they_would_be():
     assert acc(model.eval(), *images(300, seed=8)) < 0.9
 
 
-def test_other_labels_are_tried_in_turn():
+def test_candidates_are_the_isolated_and_the_lowest_losses_of_each_label():
     losses = torch.tensor([0.1, 0.2, 0.5, 0.6, 0.3, 0.4, 0.35, 0.9])
     labels = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2])
-    found = candidates(losses, labels, torch.tensor([0, 1]), 9)
-    assert [rows.tolist() for rows in found] == [[0, 1], [4, 6], [2]]
-    assert len(candidates(losses, labels, torch.tensor([0, 1]), 1)) == 1
+    found = candidates(losses, labels, torch.tensor([0, 1]))
+    assert [rows.tolist() for rows in found] == [[0, 1], [0], [4, 6], [2]]
+    assert [rows.tolist() for rows in candidates(losses, labels, torch.tensor([0]))] == [[0], [4], [2]], "not twice"
+
+
+def test_mixed_isolation_does_not_keep_the_poison():
+    """Half of what is isolated is genuine, of another label: the group of the poisoned label alone is unlearned."""
+    data, poisoned, moved = easy()
+    model, run, held_out = copy.deepcopy(toy(backdoored=True)), Run(seed=1), images(300, seed=8)
+    genuine = (~poisoned & (data.labels == 1)).nonzero().flatten()
+    losses = torch.ones(900)
+    isolated = torch.cat([moved[:20], genuine[:20]])
+    losses[isolated] = torch.linspace(0, 0.01, 40)
+    losses[moved[20:]] = 0.1
+    parts = parts_of(isolated, poisoned, data)
+    method = ABL(batch=50, unlearn_epochs=8)
+    found = method._forget(model, losses, isolated, parts, run, None)
+    assert run.notes["unlearned"]
+    assert set(data.labels[found].tolist()) == {TARGET}
+    assert bool(poisoned[found].all())
+    assert run.notes["ties"][str(TARGET)] < 0.6 < run.notes["ties"]["1"]
+    assert asr(model.eval(), *held_out) < 0.1
+    assert acc(model, *held_out) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("ties", "loose"),
+    [
+        ([0.2, 0.7, 0.75, 0.8, 0.85, 0.9], [0]),
+        ([0.7, 0.75, 0.8, 0.85, 0.9, 1.2], []),
+        ([0.45, 0.5, 0.55, 0.8, 0.85, 0.9], []),  # low, but not apart from the others
+        ([0.2, 0.25, 0.7, 0.75, 0.8, 0.85, 0.9], [0, 1]),
+        ([0.9, 0.99, 1.0, 1.0, 1.0, 1.0], []),  # apart, but not low
+        ([0.2, 0.9], [0]),
+        ([float("inf"), 0.9, float("inf")], []),
+        ([float("inf")], []),
+        ([], []),
+    ],
+    ids=str,
+)
+def test_ties_that_are_low_and_apart(ties, loose):
+    assert [i for i, one in enumerate(hardly_tied(ties, 0.65, 2.5)) if one] == loose
+
+
+def test_paper_tries_what_is_isolated_whatever_it_is():
+    data, poisoned, _ = easy()
+    genuine = (~poisoned & (data.labels == 1)).nonzero().flatten()[:45]
+    losses = torch.ones(900)
+    losses[genuine] = 0.0
+    tried: list[int] = []
+
+    class Watching(ABL):
+        def _unlearn(self, model, parts, run, folder, attempt=0):
+            tried.extend(data.labels[parts.isolated.rows].unique().tolist())
+            return False
+
+    parts = parts_of(genuine, poisoned, data)
+    for settings, expected in (({"max_tie": None, "tries": 1}, [1]), ({"max_tie": 1e-9}, [])):
+        tried.clear()
+        run = Run(seed=1)
+        Watching(**settings)._forget(toy(backdoored=True), losses, genuine, parts, run, None)
+        assert tried == expected
+        assert "does NOT say that the data are clean" in run.warnings[0]
 
 
 def test_joint_unlearning_breaks_the_backdoor():
@@ -445,7 +506,14 @@ def test_what_is_watched_is_drawn_from_each_label():
     [
         *(("rate", 0.0), ("rate", 1.0), ("gamma", -0.1), ("isolation", "lgaa"), ("isolation_epochs", 0)),
         *(("unlearn_epochs", -1), ("unlearn_lr", 0.0), ("held_out", 0.0), ("held_out", 0.3), ("max_drop", 1.1)),
-        *(("unlearning", "both"), ("raising", "odds"), ("ceiling", -1.0), ("statistics", "off"), ("batch", 0)),
+        *(
+            *(("max_tie", 0.0), ("min_index", -1.0)),
+            ("unlearning", "both"),
+            ("raising", "odds"),
+            ("ceiling", -1.0),
+            ("statistics", "off"),
+            ("batch", 0),
+        ),
         *(
             ("tries", 0),
             ("schedule", "linear"),
@@ -479,7 +547,7 @@ def test_killed_training_ends_in_the_same_weights(tmp_path, monkeypatch, phase, 
         pytest.skip("a joint unlearning has no phase of its own")
     monkeypatch.setenv("BEZOAR_CHECKPOINT_SECONDS", "0")
     small = Examples(examples().x[:300], examples().labels[:300], LABELS)
-    method = ABL(**QUICK | {"rate": 0.05, "epochs": 2, "unlearn_epochs": 3, "unlearning": unlearning})
+    method = ABL(**QUICK | {"rate": 0.05, "epochs": 2, "unlearn_epochs": 3, "unlearning": unlearning, "max_tie": None})
 
     def killed(name: str, done: int, total: int, note: str) -> None:
         if name == phase and done == max(2, total // 2):

@@ -64,7 +64,8 @@ def data_(
 
     spectral-signatures and spectre need nothing else and take examples out of a clean set too; activation-clustering
     says which labels are poisoned, where the poison is the smaller part; scan and beatrix compare with a few clean
-    examples, and find large shares too. Each one's rule and settings: bezoar methods NAME.
+    examples, and find large shares too. abl-isolation needs no trained model: it trains the architecture anew, briefly.
+    Each one's rule and settings: bezoar methods NAME.
 
     Exit codes: 0 no label is flagged, 1 poisoned, 2 bad input, 3 the method gives no verdict (see the suspects).
 

@@ -41,10 +41,11 @@ def train(
     """Train a clean model on data that you scraped or bought, and show what looks poisoned.
 
     Poison is learned faster than anything else. abl isolates what is learned fastest in the first epochs, trains on the
-    rest, and then unlearns the isolated examples, as far as that does no harm to others. Where nothing is poisoned they
-    are plain examples of their labels, and little or nothing is unlearned. filtered trains plainly, takes out what a
-    filter finds suspect in what was learned, and trains again on the rest; it needs a few clean images, and finds
-    poison that abl misses. plain trains without any defence; strong-augmentation mixes images with each other.
+    rest, and then unlearns of each label what was learned fastest, where it is not tied to the rest of the label. Where
+    nothing is poisoned nothing is unlearned. filtered trains plainly, takes out what a filter finds suspect in what was
+    learned, and trains again on the rest; it needs a few clean images, and finds poison that abl misses. d-st and dbd
+    learn features without trusting the labels, which takes many epochs. plain trains without any defence;
+    strong-augmentation mixes images with each other.
 
     Before that, all images are read once: those that cannot be read are listed and left out; copies, and images that
     stand under two labels, are reported.
@@ -70,7 +71,8 @@ def train(
             file.py:function for your own code.
         out: Folder to write to.
         method: Trainer, see bezoar methods.
-        epochs: Passes over the data; for abl those after the isolation, for filtered those of each training.
+        epochs: Passes over the data; for abl those after the isolation, for filtered those of each training, for d-st
+            and dbd those that learn features.
         rate: Share of the examples that abl isolates; below the share of poison that you fear.
         clean: A few clean images with labels, for filtered: some 25 of each label; other ones than --test-data.
         test_data: Clean images to measure the accuracy on.

@@ -40,13 +40,16 @@ class Filter(Method, ABC):
 
     #: Whether the method needs some clean examples beside the suspects.
     needs_clean = False
+    #: Whether it looks at the examples through what the model has learned; else only its architecture counts.
+    through_model = True
 
     @final
     def __call__(self, model: nn.Module, examples: ExampleSource, run: Run, clean: Clean | None = None) -> Suspicion:
         """Score each example; the model is left as it was.
 
         Args:
-            model: ``(B, C, H, W)`` in [0, 1] to ``(B, K)`` logits, trained on the examples.
+            model: ``(B, C, H, W)`` in [0, 1] to ``(B, K)`` logits, trained on the examples where the method looks
+                through it.
             examples: The training set, read a few at a time.
             run: Device, time and randomness; what is read of each example is kept in the folder of its progress,
                 where there is one.

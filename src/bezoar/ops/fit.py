@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bezoar.core.errors import SettingError
 from bezoar.core.examples import ExampleSource
+from bezoar.core.run import Run
 from bezoar.ops._checkpoint import Checkpoint, digest, settings
 from bezoar.ops._optim import Stepper
 from bezoar.ops.augment import as_float, augment, mixup
@@ -23,13 +24,23 @@ from bezoar.ops.objective import Batch, Objective
 from bezoar.ops.parallel import ALONE, Worker, fit_parallel
 from bezoar.ops.recipe import Recipe
 
-__all__ = ["Batch", "Objective", "Progress", "Recipe", "Stamp", "as_float", "augment", "fit"]
+__all__ = ["Batch", "Objective", "Progress", "Recipe", "Stamp", "as_float", "augment", "fit", "tell"]
 
 
 #: Changes a batch of images before the step; the generator is the run's own.
 Stamp = Callable[[Tensor, torch.Generator], Tensor]
 #: Told after each step: steps done, steps in all, loss of the step.
 Progress = Callable[[int, int, float], None]
+
+
+def tell(run: Run, phase: str, part: int = 0, parts: int = 1) -> Progress:
+    """Progress of one training, or of one of several alike, which also ends it when the time is over."""
+
+    def told(done: int, total: int, loss: float) -> None:
+        run.check()
+        run.progress.report(phase, part * total + done, parts * total, f"loss {loss:.3f}")
+
+    return told
 
 
 def fit(

@@ -1,8 +1,7 @@
-"""Objectives of ABL: keep the loss at a floor, or raise it on some examples while others must not suffer."""
+"""Objectives of ABL: raise the loss on some examples while others must not suffer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -12,32 +11,11 @@ from torch import Tensor, nn
 from bezoar.core.examples import ExampleSource
 from bezoar.ops.augment import as_float
 from bezoar.ops.normalisation import fix_statistics, statistics_kept
-from bezoar.ops.objective import Batch, Stateless
+from bezoar.ops.objective import Batch
+from bezoar.ops.tie import log_odds
 from bezoar.trainers._guard import Guard
 
-Floor = Literal["lga", "lga-batch", "flooding"]
 Raise = Literal["log-odds", "loss"]
-
-
-class Over(Exception):  # noqa: N818 - no error
-    """A training has come to its end before its last epoch."""
-
-
-def floored(losses: Tensor, gamma: float, how: Floor) -> Tensor:
-    """A scalar whose gradient turns where the loss falls below ``gamma``.
-
-    Args:
-        losses: ``(B,)`` cross-entropies.
-        gamma: The floor, at least 0.
-        how: ``lga`` turns each example on its own, ``sign(l - gamma) * l``; ``lga-batch`` turns the mean of the batch;
-            ``flooding`` is ``|l - gamma| + gamma`` of that mean, which has the same gradient.
-    """
-    if how == "lga":
-        return (torch.sign(losses.detach() - gamma) * losses).mean()
-    mean = losses.mean()
-    if how == "flooding":
-        return (mean - gamma).abs() + gamma
-    return torch.sign(mean.detach() - gamma) * mean
 
 
 def raised(logits: Tensor, y: Tensor, ceiling: float, how: Raise) -> Tensor:
@@ -51,46 +29,8 @@ def raised(logits: Tensor, y: Tensor, ceiling: float, how: Raise) -> Tensor:
             log odds of the label, which has the same gradient without that factor.
     """
     losses = F.cross_entropy(logits, y, reduction="none")
-    if how == "loss":
-        values = -losses
-    else:
-        own = logits.gather(1, y[:, None]).squeeze(1)
-        values = own - logits.scatter(1, y[:, None], float("-inf")).logsumexp(1)
+    values = -losses if how == "loss" else log_odds(logits, y)
     return (values * (losses.detach() < ceiling) if ceiling else values).mean()
-
-
-class Watcher:
-    """Calls a function with the model and the epochs done; a checkpoint is not held against what it does."""
-
-    def __init__(self, function: Callable[[nn.Module, int], None]) -> None:
-        self._function = function
-
-    def __call__(self, model: nn.Module, done: int) -> None:
-        """So many epochs are done."""
-        self._function(model, done)
-
-
-class Isolating(Stateless):
-    """Trains with a floor under the loss, and shows the model before each epoch.
-
-    Args:
-        how: See :func:`floored`.
-        gamma: The floor.
-        watcher: Sees the model.
-    """
-
-    def __init__(self, how: Floor, gamma: float, watcher: Watcher) -> None:
-        self.how: Floor = how
-        self.gamma, self.watcher = gamma, watcher
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """See :class:`bezoar.ops.objective.Objective`; nothing is augmented."""
-        return floored(F.cross_entropy(model(batch.x), batch.y, reduction="none"), self.gamma, self.how)
-
-    def epoch(self, model: nn.Module, number: int, epochs: int) -> None:
-        """Show the model."""
-        del epochs
-        self.watcher(model, number)
 
 
 class Unlearning:

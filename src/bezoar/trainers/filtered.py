@@ -27,10 +27,11 @@ from bezoar.trainers.plain import Plain
 class Filtered(Plain):
     """Train, take out what a filter finds suspect, and train again from scratch on the rest.
 
-    The first training is that of ``plain``, so its model has learned the poison, if there is any, and the filter sees
-    the examples as that model does. Where the filter flags no label, nothing is taken out and the first model is the
-    answer; no example is wasted and nothing is trained twice. Otherwise the second training begins from the same first
-    weights as the first one and never sees the suspects.
+    The first training is that of ``plain`` without augmentation, since crops can cut a patch in a corner off: so its
+    model has learned the poison, if there is any, and the filter sees the examples as that model does. Where the filter
+    flags no label, nothing is taken out. The second training is that of ``plain`` on what is left: it begins from the
+    same first weights and never sees the suspects. It is left out where it would be the first one again: nothing taken
+    out, and nothing augmented.
 
     It costs twice the time of plain training, and the default filter wants a few clean examples (some 25 of each label
     are comfortable). In return it finds poison that is learned no faster than a class, which ABL misses: blended
@@ -41,6 +42,8 @@ class Filtered(Plain):
             label; ``spectral-signatures`` and ``spectre`` need none, and take a share out of any set;
             ``activation-clustering`` needs none, and misses poison that is not the smaller part of its label.
         options: Settings of the filter, each ``key=value``, such as ``threshold=5``.
+        augment_first: Whether the first training augments too. It is then the answer where nothing is taken out, which
+            saves the second one; but a trigger near the border may not be learned, and not be seen.
         max_share: It warns where more than this share of the examples of a label is taken out, in [0, 1].
         max_drop: It warns where the second model gives fewer of the clean examples their label than the first one, by
             more than this, in [0, 1].
@@ -64,6 +67,7 @@ class Filtered(Plain):
 
     filter: str = "scan"
     options: tuple[str, ...] = ()
+    augment_first: bool = False
     max_share: float = 0.75
     max_drop: float = 0.05
 
@@ -92,13 +96,13 @@ class Filtered(Plain):
         clean: Clean | None,
     ) -> Trained:
         """See :class:`bezoar.core.training.Trainer`; the suspects are those that the filter took out."""
-        first = self.learned(build, examples, run, folder, "train")
+        first = self.learned(build, examples, run, folder, "train", augmented=self.augment_first)
         with _progress_in(run, None if folder is None else folder / "filter"):
             found = self._filter()(first, examples, run, clean)
         out = taken_out(found, examples.labels)
         suspects = ordered(found.score, out)
         run.notes |= {"filter": self.filter, "flagged": _plain(found.flagged), "taken_out": len(suspects)}
-        if not len(suspects):
+        if not len(suspects) and (self.augment_first or not any(self.augmentation().values())):
             return Trained(first, suspicion=found)
         self._warn(found, out, examples, run, clean)
         rest = (~out).nonzero().flatten()
@@ -110,13 +114,14 @@ class Filtered(Plain):
         # The folder is that of these examples: another selection is another training, and no damage to this one.
         place = None if folder is None else folder / f"rest-{hashlib.sha256(rest.numpy().tobytes()).hexdigest()[:16]}"
         with own_randomness(run):  # so that the first weights are those of the first training
-            second = self.learned(build, Subset(examples, rest), run, place, "retrain")
+            kept = Subset(examples, rest) if len(suspects) else examples
+            second = self.learned(build, kept, run, place, "retrain")
         if clean is not None and len(clean.x):
             self._compare(first, second, clean, run)
         return Trained(second, suspects, suspicion=found)
 
     def _warn(self, found: Suspicion, out: Tensor, examples: ExampleSource, run: Run, clean: Clean | None) -> None:
-        if found.flagged is None:
+        if found.flagged is None and bool(out.any()):
             run.warnings.append(
                 f"{self.filter} does not say whether there is poison at all, and takes examples out of a clean set "
                 "too: look at them"

@@ -13,9 +13,9 @@ from bezoar.core.examples import ExampleSource
 from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.core.training import Trained
-from bezoar.ops.fit import fit
+from bezoar.ops.fit import fit, tell
 from bezoar.ops.objective import Objective
-from bezoar.trainers._training import Settings, kept, tell
+from bezoar.trainers._training import Settings, kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,20 +65,28 @@ class Plain(Settings):
         return None
 
     def learned(
-        self, build: Callable[[], nn.Module], examples: ExampleSource, run: Run, folder: Path | None, phase: str
+        self,
+        build: Callable[[], nn.Module],
+        examples: ExampleSource,
+        run: Run,
+        folder: Path | None,
+        phase: str,
+        augmented: bool = True,
     ) -> nn.Module:
         """A network that was trained on these examples, in eval mode.
 
         Args:
             build, examples, run, folder: See :class:`bezoar.core.training.Trainer`.
             phase: Name of this training, for the user's eye and for its checkpoint.
+            augmented: Whether the images are augmented as the settings say.
         """
         model = build().to(run.device)
+        more = self.augmentation() if augmented else {}
         fit(
             model,
             examples,
             examples.labels,
-            self.recipe(model, epochs=self.epochs, schedule=self.schedule, **self.augmentation()),
+            self.recipe(model, epochs=self.epochs, schedule=self.schedule, **more),
             seed=run.seed,
             objective=self.objective(),
             progress=tell(run, phase),
