@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from datasets import SHARED, load
 from torch import Tensor
-from victim_set import OUT as SET
-from victim_set import finished
+from victim_set import Member, finished, fresh, members
 from victims import OUT, VICTIMS
 
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -61,24 +60,24 @@ def _published() -> list[Case]:
     ]
 
 
-def _set() -> list[Case]:
+def _set(part: str, which: list[Member]) -> list[Case]:
     found = []
-    for facts in finished():
+    for facts in finished(which):
         if any(asr < 0.8 for asr in facts["asr"]):
             continue  # the backdoor did not take: there is nothing to find
         targets = tuple(facts["targets"])
         target = None if facts["attack"] is None else targets[0] if targets else -1
-        path = SET / facts["name"] / "model.safetensors"
+        path = which[0].folder / facts["name"] / "model.safetensors"
         settings = {"arch": facts["arch"]}
         attack = " ".join([facts["attack"] or "clean", *facts["settings"][:1]])
-        found.append(Case("set", facts["name"], path, facts["data"], settings, target, attack, targets))
+        found.append(Case(part, facts["name"], path, facts["data"], settings, target, attack, targets))
     return found
 
 
 def cases(part: str) -> list[Case]:
-    """Cases of ``published``, ``calibration``, ``report`` or ``set`` whose files are present."""
-    if part == "set":
-        return _set()
+    """Cases of ``published``, ``calibration``, ``report``, ``set`` or ``fresh`` whose files are present."""
+    if part in ("set", "fresh"):
+        return _set(part, members() if part == "set" else fresh())
     if part == "published":
         return [case for case in _published() if case.path.exists()]
     found = []

@@ -15,15 +15,20 @@ from typing import Any
 
 import abl
 import calibrate
+import combine
 import guard
+import jsonl
 import purify
+import scaling
 import student
+import sweep
 import verdicts
 import victim_set
 from victims import OUT
 
 import attacks
 import filters
+import scorers
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -110,14 +115,6 @@ def _peers() -> str:
     )
 
 
-def _scaling() -> str:
-    lines = ["| labels | CPU s | image-gradients | peak memory, MiB (of it libraries and data) |", "|---|---|---|---|"]
-    for row in _json("scaling.json")["rows"]:
-        memory = f"{row['peak_mib']} ({row['mib_before']})"
-        lines.append(f"| {row['labels']:,} | {row['cpu_seconds']} | {row['image_gradients']:,} | {memory} |")
-    return "\n".join(lines)
-
-
 def _unlearning() -> str:
     lines = [
         "| seed | before: ACC / ASR | unlearn: ACC / ASR / RA | finetune: ACC / ASR |",
@@ -191,8 +188,10 @@ def main() -> None:
         "CALIBRATE": _printed(calibrate.main),
         "SPEED": _speed(),
         "PEERS": _peers(),
-        "SCALING": _scaling(),
+        "SCALING": scaling.table(jsonl.read(scaling.RESULTS) + jsonl.read(scaling.MEMORY)),
+        "TOGETHER": combine.table(combine.collected(scorers.read()), 0.01),
         "UNLEARN": _unlearning(),
+        "SWEEP": sweep.table(_json("sweep.json")),
         "CORNER": _corner(),
         "ATTACKS": attacks.table(attacks.read()),
         "CONSISTENT": _consistent(),

@@ -22,6 +22,7 @@ STUDIES: dict[str, list[str]] = {
     "verdicts-report": ["verdicts.py", "--part", "report", "--seeds", "5"],
     "speed": ["speed.py"],
     "scaling": ["scaling.py"],
+    "sweep": ["sweep.py", "--models", "8", "--workers", "1,2"],
     "unlearning": ["unlearning.py"],
     "corner": ["corner.py"],
     "attacks": ["attacks.py"],

@@ -1,12 +1,13 @@
-"""How well each scorer tells backdoored nets from clean ones, and which label it names.
+"""How well each source of evidence tells backdoored nets from clean ones, and which label it names.
 
     python benchmarks/scorers.py --threads 1
     python benchmarks/scorers.py --scorers mm-bd,k-arm --only mnist_nc --limit 12
     python benchmarks/scorers.py --table
 
-The nets are the shared set of small victims (``victim_set.py``), the victims of ``attacks.py`` and their clean twins,
-those that are in the cache; each scorer gets 500 clean test images, half of them to measure with. Each net and scorer
-is one line of ``benchmarks/results/scorers.jsonl``; a finished one is not run again.
+The nets are the shared sets of small victims (``victim_set.py``), the victims of ``attacks.py`` and their clean twins,
+and the published models, those that are in the cache; each method gets 500 clean test images, half of them to measure
+with. The searches of a scan take part beside the scorers, one seed each. Each net and method is one line of
+``benchmarks/results/scorers.jsonl``; a finished one is not run again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import fcntl
 import json
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,14 +33,20 @@ import attacks
 from bezoar.attacks._attack import Training
 from bezoar.attacks._store import load_truth
 from bezoar.core.errors import BezoarError
+from bezoar.core.method import Scanner
 from bezoar.core.registry import methods
 from bezoar.core.results import write_atomic
 from bezoar.core.run import Run
 from bezoar.evaluation.splits import read_splits
 from bezoar.nets.registry import find as find_net
+from bezoar.ops.combined import label_scores
 from bezoar.options import ModelOptions, RunOptions
+from bezoar.scanners.additive_inversion import AdditiveInversion
+from bezoar.scanners.neural_cleanse import NeuralCleanse
+from bezoar.scanning import look_for
 from bezoar.session import open_session
 
+SEARCHES: dict[str, Callable[..., Scanner]] = {"neural-cleanse": NeuralCleanse, "additive-inversion": AdditiveInversion}
 RESULTS = Path(__file__).parent / "results" / "scorers.jsonl"
 CLEAN_TWINS = 3
 
@@ -58,7 +66,8 @@ class Net:
 
 def nets() -> list[Net]:
     """All nets in the cache, clean and backdoored in turn."""
-    found = [Net(case) for case in cases("set")] + _attacked()
+    found = [Net(case) for part in ("set", "fresh") for case in cases(part)] + _attacked()
+    found += [Net(case) for case in cases("published") if case.target != -1]
     clean = [net for net in found if net.case.target is None]
     other = [net for net in found if net.case.target is not None]
     mixed: list[Net] = []
@@ -113,8 +122,8 @@ def add(line: dict[str, Any]) -> None:
 
 
 def score(net: Net, name: str, seed: int) -> dict[str, Any]:
-    """Run one scorer with its defaults on one net; its line."""
-    case, method = net.case, methods("scorers")[name]()
+    """Run one scorer, or one search of a scan with a single seed, with its defaults on one net; its line."""
+    case, method = net.case, SEARCHES[name](seeds=1) if name in SEARCHES else methods("scorers")[name]()
     line: dict[str, Any] = {
         "part": case.part,
         "name": case.name,
@@ -130,7 +139,10 @@ def score(net: Net, name: str, seed: int) -> dict[str, Any]:
     with open_session(net.model, case.clean_images(seed), _options(net), RunOptions(seed=seed), None) as session:
         start, before = time.perf_counter(), time.process_time()
         try:
-            found = method(session.suspect.module, session.clean, session.run)
+            if isinstance(method, Scanner):
+                found = label_scores(look_for(session, method).evidence)
+            else:
+                found = method(session.suspect.module, session.clean, session.run)
         except BezoarError as error:
             return line | {"error": str(error), "seconds": round(time.perf_counter() - start, 1)}
         return line | {
@@ -204,7 +216,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--scorers", default="", help="only these, separated by commas")
     parser.add_argument("--only", default="", help="only nets whose name contains one of these, separated by commas")
-    parser.add_argument("--part", choices=["set", "attacks"])
+    parser.add_argument("--part", choices=["set", "fresh", "attacks", "published"])
     parser.add_argument("--limit", type=int, default=0, help="most nets")
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
     arguments = parser.parse_args()
@@ -213,7 +225,7 @@ def main() -> None:
         return
     torch.set_num_threads(arguments.threads)
     RESULTS.parent.mkdir(exist_ok=True)
-    names = arguments.scorers.split(",") if arguments.scorers else list(methods("scorers"))
+    names = arguments.scorers.split(",") if arguments.scorers else [*SEARCHES, *methods("scorers")]
     chosen = [net for net in nets() if arguments.part in (None, net.case.part)]
     chosen = [net for net in chosen if any(part in net.case.name for part in arguments.only.split(","))]
     for net in chosen[: arguments.limit or None]:

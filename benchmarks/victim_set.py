@@ -1,7 +1,11 @@
 """The shared set of small victims: 24 clean and 24 backdoored nets for tests and calibration.
 
     python benchmarks/victim_set.py --threads 1
+    python benchmarks/victim_set.py --fresh
     python benchmarks/victim_set.py --list
+
+``--fresh`` trains another set, which nothing is calibrated on: 60 clean and 12 backdoored nets of other architectures,
+data, seeds and triggers, to measure a verdict with that was calibrated on the first.
 
 Three architectures (with and without BatchNorm, with and without residual connections), two data sets, each net on its
 own draw of the training images and with its own seed. Weights are kept as float16, and what is measured is what is
@@ -17,6 +21,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -56,6 +61,34 @@ ATTACKS: list[tuple[str, tuple[str, ...]]] = [
 ]
 
 
+FRESH = CACHE.parent / "victims" / "fresh"
+#: Architecture, data, epochs, training images and number of clean nets of the fresh set.
+FRESH_NETS = (
+    ("convnet-16-bn", "fashion-mnist", 4, 20000, 20),
+    ("convnet-12-bn", "cifar-10", 6, 15000, 12),
+    ("convnet-16", "cifar-10", 6, 15000, 10),
+    ("nc-gtsrb", "gtsrb", 5, 13069, 4),
+    ("convnet-24-bn", "mnist", 3, 12000, 8),
+    ("small-vgg", "cifar-10", 3, 12000, 4),
+    ("convnet-16-bn", "gtsrb", 5, 13069, 4),
+)
+#: Settings of the backdoored nets of the fresh set, with the place of their architecture and data in ``FRESH_NETS``.
+FRESH_ATTACKS: list[tuple[int, str, tuple[str, ...]]] = [
+    (1, "badnets", ("pattern=checkerboard", "size=4", "target=3")),
+    (1, "blend", ("target=6",)),
+    (2, "badnets", ("target=1",)),
+    (3, "badnets", ("pattern=noise", "target=11")),
+    (6, "blend", ("target=25",)),
+    (4, "badnets", ("pattern=triangle", "target=4")),
+    (2, "sig", ("dirty=true", "rate=0.1", "target=9")),
+    (1, "ftrojan", ("rate=0.1", "target=8")),
+    (5, "badnets", ("target=2",)),
+    (2, "smooth", ("target=5",)),
+    (1, "wanet", ("target=0", "strength=1")),
+    (6, "badnets", ("target=30", "corner=top-left")),
+]
+
+
 @dataclass(frozen=True)
 class Member:
     """One net of the set."""
@@ -65,6 +98,9 @@ class Member:
     attack: str | None
     settings: tuple[str, ...]
     seed: int
+    epochs: int
+    images: int
+    folder: Path = OUT
 
     @property
     def name(self) -> str:
@@ -78,13 +114,27 @@ def members() -> list[Member]:
     out = []
     for number in range(24):
         data, arch = places[number % len(places)]
-        out.append(Member(data, arch, None, (), 100 + number))
+        out.append(Member(data, arch, None, (), 100 + number, *ARCHS[arch]))
         # Shifted by one each round, so that an attack meets several architectures.
         data, arch = places[(number + number // len(places)) % len(places)]
         attack, settings = ATTACKS[number % len(ATTACKS)]
         target = (3 * number + 2) % 10
         extra = () if attack in ("tact", "several") else (f"target={target}",)
-        out.append(Member(data, arch, attack, (*settings, *extra), 200 + number))
+        out.append(Member(data, arch, attack, (*settings, *extra), 200 + number, *ARCHS[arch]))
+    return out
+
+
+def fresh() -> list[Member]:
+    """All nets of the fresh set, the architectures in turn."""
+    clean = [
+        (turn, Member(data, arch, None, (), 1000 + 100 * place + turn, epochs, images, FRESH))
+        for place, (arch, data, epochs, images, count) in enumerate(FRESH_NETS)
+        for turn in range(count)
+    ]
+    out = [member for _, member in sorted(clean, key=lambda one: one[0])]
+    for number, (place, attack, settings) in enumerate(FRESH_ATTACKS):
+        arch, data, epochs, images, _ = FRESH_NETS[place]
+        out.insert(4 * number + 3, Member(data, arch, attack, settings, 2000 + number, epochs, images, FRESH))
     return out
 
 
@@ -93,8 +143,7 @@ def _split(name: str) -> Split:
     return load(name)
 
 
-def _recipe(arch: str) -> Recipe:
-    epochs, _ = ARCHS[arch]
+def _recipe(arch: str, epochs: int) -> Recipe:
     if arch.startswith("wrn"):
         return Recipe(epochs=epochs, lr=0.1)
     return Recipe(epochs=epochs, lr=2e-3, optimizer="adam", weight_decay=0.0)
@@ -102,18 +151,18 @@ def _recipe(arch: str) -> Recipe:
 
 def train(member: Member, threads: int) -> dict[str, Any]:
     """Train one net, write its folder, give its facts."""
-    split, (_, images) = _split(member.data), ARCHS[member.arch]
+    split = _split(member.data)
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(member.seed)
-    rows = torch.randperm(len(split.train_y), generator=generator)[:images]
+    rows = torch.randperm(len(split.train_y), generator=generator)[: member.images]
     data = Examples(split.train_x[rows], split.train_y[rows], split.classes)
     found = find(member.arch)
     assert found is not None
     channels, size = data.shape[0], data.shape[1]
-    folder = OUT / member.name
+    folder = member.folder / member.name
     training = Training(
         lambda: found[0](split.classes, channels, size),
-        _recipe(member.arch),
+        _recipe(member.arch, member.epochs),
         Run(seed=member.seed),
         folder / ".checkpoints",
     )
@@ -148,16 +197,16 @@ def train(member: Member, threads: int) -> dict[str, Any]:
     return facts
 
 
-def finished() -> list[dict[str, Any]]:
-    """Facts of the nets that are there."""
-    files = [OUT / member.name / "facts.json" for member in members()]
+def finished(which: list[Member] | None = None) -> list[dict[str, Any]]:
+    """Facts of the nets that are there: of these, or of the shared set."""
+    files = [member.folder / member.name / "facts.json" for member in which or members()]
     return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
-def show() -> None:
+def show(which: list[Member] | None = None) -> None:
     """Print what is there as a table."""
     print("| net | target | ACC | ASR | kB |\n|---|---|---|---|---|")
-    for facts in finished():
+    for facts in finished(which):
         asr = ", ".join(f"{100 * v:.1f}" for v in facts["asr"]) or "-"
         targets = ", ".join(map(str, facts["targets"])) or "-"
         print(f"| {facts['name']} | {targets} | {100 * facts['acc']:.1f} | {asr} | {facts['bytes'] // 1000} |")
@@ -168,15 +217,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--list", action="store_true", help="print what is there as a table")
     parser.add_argument("--half", type=int, choices=[0, 1], help="only every other net, to run two at a time")
+    parser.add_argument("--fresh", action="store_true", help="the fresh set in place of the shared one")
     arguments = parser.parse_args()
+    chosen = fresh() if arguments.fresh else members()
     if arguments.list:
-        show()
+        show(chosen)
         return
     torch.set_num_threads(arguments.threads)
-    for number, member in enumerate(members()):
+    for number, member in enumerate(chosen):
         if arguments.half is not None and number // 2 % 2 != arguments.half:
             continue
-        if not (OUT / member.name / "facts.json").exists():
+        if not (member.folder / member.name / "facts.json").exists():
             facts = train(member, arguments.threads)
             print({k: facts[k] for k in ("name", "acc", "asr", "seconds")}, flush=True)
 

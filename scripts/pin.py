@@ -28,7 +28,7 @@ FILES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "test",
         "run, the optional readers, tests and linters (make test, make lint)",
-        ("hf", "onnx", "data", "train", "test", "lint"),
+        ("hf", "onnx", "data", "train", "ray", "test", "lint"),
     ),
     ("docs", "run and the documentation (make docs)", ("docs",)),
 )

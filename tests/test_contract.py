@@ -177,7 +177,7 @@ def test_toys_are_what_they_claim(clean_data):
 
 
 #: Most of each in a search that takes no gradient and so asks the more.
-FEW = {"screened": 1000, "population": 12, "generations": 8, "rounds": 4}
+FEW = {"screened": 1000, "population": 12, "generations": 8, "rounds": 4, "iterations": 50, "batches": 5}
 
 
 def short(scanner: type) -> Any:

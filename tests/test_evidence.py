@@ -9,8 +9,10 @@ import pytest
 import bezoar
 from bezoar.core.errors import SettingError, UnsupportedModel
 from bezoar.core.evidence import Scores
-from bezoar.core.results import Evidence, LabelScore, Report
-from bezoar.evidence import scorers
+from bezoar.core.results import Report
+from bezoar.core.scored import Evidence, LabelScore
+from bezoar.evidence import COMBINED, scorers
+from bezoar.ops.combined import Combined
 from bezoar.report.html import render
 from bezoar.report.scored import scored
 from bezoar.report.text import summary
@@ -20,6 +22,7 @@ from tests.report import samples
 from tests.toys import LABELS, images, trained
 
 QUICK = {"seeds": 1, "additive": False, "resume": False}
+NO_SURPRISE = {name: {1: 0.1} for name in ("neural-cleanse", "additive-inversion", *COMBINED)}
 TWO = ("channel-lipschitz", "unlearned-labels")
 
 
@@ -109,3 +112,45 @@ def test_shown_in_summary_and_page():
 def test_names_are_escaped_on_the_page():
     bad = given(meaning="<script>x</script>", labels=(LabelScore(label=0, name="<b>", score=1.0),))
     assert "<script>x" not in render(dataclasses.replace(samples.clean(), evidence=(bad,)))
+
+
+@pytest.fixture(scope="module")
+def together() -> Report:
+    return bezoar.scan(trained(backdoored=True), images(120, seed=7), seeds=1, resume=False, fpr=0.05).report
+
+
+def test_combined_verdict_rests_on_all_sources(together):
+    whole = together.combination
+    assert {one.method for one in whole.sources} == {"neural-cleanse", "additive-inversion", *COMBINED}
+    assert {one.method for one in together.evidence} == set(COMBINED)
+    assert (together.verdict, together.target) == ("backdoored", whole.leader)
+    assert whole.pvalue <= whole.fpr == 0.05
+    assert whole.labels[0].label == whole.leader
+    assert whole.labels[0].score == pytest.approx(sum(one.surprise for one in whole.sources))
+    assert Report.from_json(together.to_json()).combination == whole
+
+
+def test_combined_verdict_is_shown(together):
+    page, text = render(together), summary(together, 100)
+    assert "All evidence together: p = " in page
+    assert "How the searches alone judge" in page
+    assert "All together" in text
+    assert "5 sources" in " ".join(text.split())
+
+
+def test_combined_verdict_can_overrule_the_searches(together, monkeypatch):
+    """Where all say that no label stands out, a search that found one leaves the model in doubt, not clean."""
+    monkeypatch.setattr(bezoar.evidence, "combine", lambda *_, **__: Combined({1: 0.5}, NO_SURPRISE, 1, 0.8, 24))
+    report = bezoar.scan(trained(backdoored=True), images(120, seed=7), seeds=1, resume=False, fpr=0.05).report
+    assert together.combination.alone == "backdoored"
+    assert (report.verdict, report.target) == ("inconclusive", None)
+
+
+def test_no_combined_verdict_without_a_rate():
+    assert scan().combination is None
+
+
+@pytest.mark.parametrize("fpr", [0.0, -0.1, 0.6, 1.0])
+def test_rate_out_of_range(fpr):
+    with pytest.raises(SettingError, match="fpr must be in"):
+        scan(fpr=fpr)

@@ -42,6 +42,7 @@ LAYERS: dict[str, set[str]] = {
 ONLY_IN: dict[str, set[str]] = {
     "cyclopts": {"cli"},
     "jinja2": {"report"},
+    "ray": {"core"},
     **dict.fromkeys(
         (
             "datasets",
@@ -60,7 +61,7 @@ ONLY_IN: dict[str, set[str]] = {
     ),
 }
 #: These are absent or broken in many environments, so no module may need them just to be imported.
-OPTIONAL = {library for library, folders in ONLY_IN.items() if folders == {"io"}}
+OPTIONAL = {library for library, folders in ONLY_IN.items() if folders == {"io"}} | {"ray"}
 
 #: Functions that import the module that their first argument names.
 BY_NAME = {"import_module", "__import__", "require"}
@@ -189,6 +190,8 @@ def test_ground_truth_is_out_of_reach(defence):
         ("io/a.py", "import importlib\nimportlib.import_module('transformers')", "transformers is optional"),
         ("io/a.py", "timm = require('timm', 'hf')", "timm is optional"),
         ("ops/a.py", "def f():\n    import timm", "timm may be imported in io only"),
+        ("core/a.py", "import ray", "ray is optional"),
+        ("scanners/a.py", "def f():\n    import ray", "ray may be imported in core only"),
         ("cli/a.py", "def f():\n    from jinja2 import Template", "jinja2 may be imported in report only"),
         ("utils/a.py", "", "utils/: no rule for this folder"),
         ("core/a.py", "\n" * 401, "401 lines, at most 400"),

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -19,8 +19,9 @@ from bezoar.aftercare import aftercare
 from bezoar.core.errors import DataError, SettingError
 from bezoar.core.method import Clean, Purifier, Scanner
 from bezoar.core.registry import find, method_name
-from bezoar.core.results import Cleaning, LayerChange, Report, Verdict, write_atomic
+from bezoar.core.results import Cleaning, LayerChange, Report, write_atomic
 from bezoar.core.run import Report as Told
+from bezoar.core.scored import Verdict
 from bezoar.core.trigger import InvertedTrigger, Trigger, trigger_of, trigger_tensors
 from bezoar.evidence import scorers
 from bezoar.io.containers import sha256
@@ -151,7 +152,7 @@ def purify(
     method: Purifier | str = "auto",
     scanner: Scanner | str | None = None,
     found: Result | None = None,
-    label: int | None = None,
+    label: int | Literal["all"] | None = None,
     suspects: tuple[Any, Any] | None = None,
     out: str | Path | None = None,
     rescan: bool = False,
@@ -170,7 +171,8 @@ def purify(
         method: A purifier with its settings, or its name.
         scanner: What finds the triggers, where the method wants some; see ``method`` of :func:`scan`.
         found: Result of an earlier scan, so that none is needed.
-        label: Unlearn the inverted trigger of this label, whatever the verdict.
+        label: Unlearn the inverted trigger of this label, whatever the verdict; ``all`` for those of all labels, where
+            most are infected and none stands out.
         suspects: Training examples to unlearn, for ``abl-unlearn``: images and the labels that they came with, or a
             list of :func:`bezoar.filter_data` and the data that it is about.
         out: Folder to write the cleaned model to, in the format that was read; the report goes beside it.
@@ -238,7 +240,12 @@ def _scan(session: Session, method: Scanner) -> Result:
     return Result(report, triggers)
 
 
-def _triggers_to_unlearn(found: Result, label: int | None) -> tuple[dict[int, InvertedTrigger], tuple[str, ...]]:
+def _triggers_to_unlearn(
+    found: Result, label: int | Literal["all"] | None
+) -> tuple[dict[int, InvertedTrigger], tuple[str, ...]]:
+    if label == "all":
+        first = found.report.triggers[0].label  # the one that before and after are measured of
+        return {one: found.triggers[one] for one in sorted(found.triggers, key=lambda n: (n != first, n))}, ()
     if label is not None:
         if label not in found.triggers:
             raise SettingError(f"the scan has no trigger of label {label}", f"There are: {sorted(found.triggers)}")

@@ -1,17 +1,33 @@
-"""Evidence beside the searches of a scan: what the scorers say, shown and not part of the verdict."""
+"""Evidence beside the searches of a scan: what the scorers say, and what all sources say together."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from bezoar.core.errors import BezoarError, BudgetSpent, SettingError
-from bezoar.core.evidence import Scores
+from bezoar.core.evidence import Scan, Scores
 from bezoar.core.method import Scorer
 from bezoar.core.registry import find, methods
-from bezoar.core.results import Evidence, LabelScore
 from bezoar.core.run import Progress
+from bezoar.core.scored import Combination, Evidence, LabelScore, Source, Verdict
+from bezoar.ops.combined import calibration, clean_sources, combine, label_scores, rule_text
+from bezoar.ops.verdict import RatioRule
 from bezoar.session import Session
 
 #: Labels that are shown of each scorer, the most suspicious first.
 _SHOWN = 10
+#: Scorers that a combined verdict asks: those that tell nets apart in benchmarks/scorers.py at no great cost.
+COMBINED = ("mm-bd", "k-arm", "abs-stimulation")
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What the scorers say: as shown in a report, and as numbers; and a warning for each that could not work."""
+
+    shown: tuple[Evidence, ...]
+    scores: dict[str, Scores]
+    warnings: tuple[str, ...]
 
 
 def scorers(names: tuple[str, ...]) -> dict[str, Scorer]:
@@ -26,15 +42,14 @@ def scorers(names: tuple[str, ...]) -> dict[str, Scorer]:
     return {name: find("scorers", name)() for name in wanted}
 
 
-def gather(session: Session) -> tuple[tuple[Evidence, ...], tuple[str, ...]]:
-    """Ask the scorers that the options name, in that order.
-
-    Returns:
-        The evidence, and a warning for each scorer that cannot work on the model or had no time.
-    """
-    found, warnings = [], []
+def gather(session: Session) -> Gathered:
+    """Ask the scorers that the options name, in that order, then those of a combined verdict, if one is wanted."""
+    found, numbers, warnings = [], dict[str, Scores](), []
     told = session.run.progress.report
-    for name, scorer in scorers(session.options.evidence).items():
+    asked = scorers(session.options.evidence)
+    if session.options.fpr is not None:
+        asked |= scorers(tuple(name for name in COMBINED if name not in asked))
+    for name, scorer in asked.items():
         session.run.progress = Progress(report=told, name=name)
         try:
             session.run.check()
@@ -45,8 +60,45 @@ def gather(session: Session) -> tuple[tuple[Evidence, ...], tuple[str, ...]]:
         except BezoarError as error:
             warnings.append(f"no evidence of {name}: {error.message}")
         else:
+            numbers[name] = scores
             found.append(_evidence(name, scorer, scores, session.data.facts.names))
-    return tuple(found), tuple(warnings)
+    return Gathered(tuple(found), numbers, tuple(warnings))
+
+
+def combination(
+    session: Session, searches: Mapping[str, Scan], gathered: Gathered, alone: Verdict
+) -> Combination | None:
+    """What all sources say together; None where that was not asked for, or cannot be said.
+
+    Args:
+        session: The session; its options name the false-positive rate.
+        searches: Evidence of each search by its name.
+        gathered: What the scorers say.
+        alone: Verdict of the searches by their own rule.
+    """
+    fpr = session.options.fpr
+    complete = [scan for scan in searches.values() if any(seed.finished for seed in scan.seeds)]
+    if fpr is None or len(complete) < len(searches) or session.clean.num_classes < RatioRule.least_labels:
+        return None
+    scores = {name: label_scores(scan) for name, scan in searches.items()} | gathered.scores
+    labels = {name: scores[name].labels for name in sorted(scores) if name in clean_sources()}
+    if not labels:
+        return None
+    whole = combine(labels, wanted=next(iter(searches.values())).wanted)
+    ranked = sorted(whole.labels, key=lambda label: (-whole.labels[label], label))
+    return Combination(
+        fpr=fpr,
+        pvalue=whole.pvalue,
+        leader=whole.target,
+        labels=tuple(_label(label, whole.labels[label], session.data.facts.names) for label in ranked[:_SHOWN]),
+        sources=tuple(
+            Source(method=name, leader=scores[name].leader, surprise=whole.surprises[name][whole.target])
+            for name in labels
+        ),
+        alone=alone,
+        text=rule_text(fpr),
+        calibration=calibration(whole.clean_nets),
+    )
 
 
 def _evidence(name: str, scorer: Scorer, scores: Scores, names: tuple[str, ...]) -> Evidence:
@@ -59,10 +111,11 @@ def _evidence(name: str, scorer: Scorer, scores: Scores, names: tuple[str, ...])
         score=scores.model,
         suspect=scores.suspect,
         pvalue=scores.pvalue,
-        labels=tuple(
-            LabelScore(label=label, name=names[label] if label < len(names) else str(label), score=scores.labels[label])
-            for label in ranked[:_SHOWN]
-        ),
+        labels=tuple(_label(label, scores.labels[label], names) for label in ranked[:_SHOWN]),
         source=None if pair is None else pair[0],
         target=None if pair is None else pair[1],
     )
+
+
+def _label(label: int, score: float, names: tuple[str, ...]) -> LabelScore:
+    return LabelScore(label=label, name=names[label] if label < len(names) else str(label), score=score)

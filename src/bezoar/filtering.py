@@ -26,9 +26,10 @@ from bezoar.core.method import Clean
 from bezoar.core.model import Suspect
 from bezoar.core.pictures import thumbnails
 from bezoar.core.registry import find, method_name
-from bezoar.core.results import DataFacts, Verdict, write_atomic
+from bezoar.core.results import DataFacts, write_atomic
 from bezoar.core.run import Progress, Run
 from bezoar.core.run import Report as Told
+from bezoar.core.scored import Verdict
 from bezoar.io.data import load_data, open_source, train_and_test
 from bezoar.io.data_readers._base import Picture, Wanted
 from bezoar.io.datasets import cache_folder
@@ -243,7 +244,7 @@ class _Job:
     def look(self, suspect: Suspect, examples: UntrustedData, run: Run) -> Filtered:
         """Run the method, and describe what it found."""
         clean = self._clean(suspect)
-        acc = _fit(suspect.module, examples, run)
+        acc = _fit(suspect.module, examples, run, warn=self.method.through_model)
         folder = self._folder(suspect, examples) if self.options.resume else None
         run.progress.folder = folder
         found = self._timed("filter", lambda: self.method(suspect.module, examples, run, clean))
@@ -301,11 +302,11 @@ class _Job:
         )
 
 
-def _fit(model: nn.Module, examples: UntrustedData, run: Run) -> float:
-    """Share of a sample that the model gives its label; a bad fit is told."""
+def _fit(model: nn.Module, examples: UntrustedData, run: Run, warn: bool) -> float:
+    """Share of a sample that the model gives its label; a bad fit is told where it matters."""
     rows = torch.linspace(0, len(examples) - 1, min(_SAMPLE, len(examples))).long()
     acc = float((answers(model, Subset(examples, rows), run.device) == examples.labels[rows]).double().mean())
-    if acc < max(0.5, 2 / examples.num_classes):
+    if warn and acc < max(0.5, 2 / examples.num_classes):
         run.warnings.append(
             f"the model gives only {acc:.0%} of the examples their label: was it trained on this data? Filters look "
             "through a model that was; check its normalisation too (--mean, --std)"

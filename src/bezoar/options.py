@@ -46,8 +46,12 @@ class RunOptions:
         device: Such as cpu or cuda:0; auto takes CUDA where there is one.
         threads: CPU threads; 0 leaves it to torch.
         additive: Also search for faint changes of the whole image, such as blended pictures and waves.
-        evidence: Names of scorers to ask as well, or ``all``; what they say is shown and decides nothing.
+        evidence: Names of scorers to ask as well, or ``all``; what they say is shown.
+        fpr: Share of clean models that may be called backdoored, in (0, 0.5]: the verdict then rests on the searches
+            and on several scorers together. None leaves it to the searches, by their own rule.
         resume: Keep checkpoints, and go on where a killed run of the same command stopped.
+        ray: Spread a scan over a Ray cluster: ``local``, ``auto`` for the one that runs here, or its address; empty for
+            none. The outcome is the same.
     """
 
     images: int = 1000
@@ -58,7 +62,9 @@ class RunOptions:
     threads: int = 0
     additive: bool = True
     evidence: tuple[str, ...] = ()
+    fpr: float | None = None
     resume: bool = False
+    ray: str = ""
 
     def __post_init__(self) -> None:
         if self.budget is not None and not isinstance(self.budget, int | float):
@@ -67,6 +73,7 @@ class RunOptions:
             ("images", self.images >= 2, "at least 2"),
             ("held_out", self.held_out is None or 0 < self.held_out < 1, "in (0, 1)"),
             ("budget", self.budget is None or self.budget > 0, "above 0"),
+            ("fpr", self.fpr is None or 0 < self.fpr <= 0.5, "in (0, 0.5]"),
             ("threads", self.threads >= 0, "at least 0"),
         ):
             if not valid:

@@ -14,9 +14,11 @@ from bezoar.core.pictures import change_picture, png, stamp_picture
 from bezoar.core.registry import method_name
 from bezoar.core.results import Example, Report, Search, TriggerFacts
 from bezoar.core.run import Progress
+from bezoar.core.scored import Combination
 from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import InvertedTrigger, MaskedTrigger, Trigger
-from bezoar.evidence import gather
+from bezoar.evidence import combination, gather
+from bezoar.ops.combined import verdict
 from bezoar.ops.verdict import Judgement, confirm, judge, lead
 from bezoar.report.wording import sentence
 from bezoar.session import SCAN_HELD_OUT, Session
@@ -51,10 +53,19 @@ def scan_session(session: Session, method: Scanner) -> tuple[Report, dict[int, I
     looks = looks[:1] + [
         dataclasses.replace(look, judgement=confirm(look.judgement, looks[0].evidence)) for look in looks[1:]
     ]
-    main = looks[lead([look.judgement for look in looks])]
+    place = lead([look.judgement for look in looks])
+    gathered = gather(session)
+    whole = combination(
+        session,
+        {method_name(type(look.method)): look.evidence for look in looks},
+        gathered,
+        looks[place].judgement.verdict,
+    )
+    if whole is not None:
+        place, looks = _together(session, looks, place, whole)
+    main = looks[place]
     others = [look for look in looks if look is not main]
     judged = main.judgement
-    evidence, unheard = gather(session)
     with session.phase("report"):
         pictures = _pictures(session, main)
         searches = tuple(_search(session, look) for look in others)
@@ -73,8 +84,9 @@ def scan_session(session: Session, method: Scanner) -> tuple[Report, dict[int, I
         seeds=judged.seeds,
         triggers=pictures,
         searches=searches,
-        evidence=evidence,
-        warnings=(*session.warnings, *unheard, *_also_found(judged, others)),
+        evidence=gathered.shown,
+        combination=whole,
+        warnings=(*session.warnings, *gathered.warnings, *_also_found(judged, others)),
         run=session.facts(),
     )
     for one in methods:
@@ -86,6 +98,24 @@ def scan_session(session: Session, method: Scanner) -> tuple[Report, dict[int, I
         if label is not None and label != judged.target:
             triggers[label] = look.evidence.smallest(label)[1].trigger
     return report, triggers
+
+
+def _together(session: Session, looks: list[Look], place: int, whole: Combination) -> tuple[int, list[Look]]:
+    """Which search leads when all sources have spoken together, and the searches with that verdict.
+
+    Where the label is another one than the leading search says, the search that finds it most surprising leads.
+    """
+    decided = verdict(whole.pvalue, whole.fpr, whole.alone)
+    if decided == "backdoored" and looks[place].judgement.leader != whole.leader:
+        surprises = {source.method: source.surprise for source in whole.sources}
+        place = max(range(len(looks)), key=lambda n: surprises.get(method_name(type(looks[n].method)), 0.0))
+    look = looks[place]
+    judged = look.judgement
+    if decided == "backdoored" and judged.leader != whole.leader:
+        judged = judge(look.evidence, session.data.facts.names, leader=whole.leader)
+    target = whole.leader if decided == "backdoored" else None
+    judged = dataclasses.replace(judged, verdict=decided, target=target)
+    return place, [*looks[:place], dataclasses.replace(look, judgement=judged), *looks[place + 1 :]]
 
 
 def _also_found(judged: Judgement, others: list[Look]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from bezoar.core.cluster import check_address
 from bezoar.core.errors import DataError, SettingError
+from bezoar.core.exec import executor
 from bezoar.core.method import Clean
 from bezoar.core.model import Suspect
 from bezoar.core.results import Preflight, RunFacts
@@ -114,8 +116,10 @@ def open_session(
     modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
     home = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
     suspect: Suspect | None = None
+    ended = ExitStack()
     try:
         begun = time.perf_counter()
+        check_address(options.ray)
         model_options = _sized_by_data(model, data, model_options, options)
         suspect = load_model(
             model, **{f.name: getattr(model_options, f.name) for f in dataclasses.fields(ModelOptions)}
@@ -131,9 +135,20 @@ def open_session(
             least=least,
         )
         loaded = time.perf_counter()
+        pool = ended.enter_context(
+            executor(options.ray, cpus=torch.get_num_threads(), gpus=float(device.type == "cuda"))
+        )
+        connected = time.perf_counter()
         suspect.module.to(device)
         progress = Progress() if report is None else Progress(report=report)
-        run = Run(seed=options.seed, device=device, budget=options.budget, progress=progress, started=started)
+        run = Run(
+            seed=options.seed,
+            device=device,
+            budget=options.budget,
+            progress=progress,
+            started=started,
+            executor=pool,
+        )
         with frozen(suspect.module):
             if gives_probabilities(suspect.module, clean_data.x[:16].to(device)):
                 note = "the model ends in a softmax: the logarithm of its output is used as logits"
@@ -154,9 +169,12 @@ def open_session(
             home or torch.device("cpu"),
         )
         session.seconds["load"] = round(loaded - begun, 3)
-        session.seconds["preflight"] = round(time.perf_counter() - loaded, 3)
+        if options.ray:
+            session.seconds["cluster"] = round(connected - loaded, 3)
+        session.seconds["preflight"] = round(time.perf_counter() - connected, 3)
         yield session
     finally:
+        ended.close()
         torch.set_num_threads(threads)
         for module, mode in modes:
             module.training = mode

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bezoar.bench import measure as measuring
+from bezoar.bench import run as running
 from bezoar.bench.grid import read_grid
 from bezoar.bench.run import run_grid
 from bezoar.bench.store import Store
@@ -21,6 +24,7 @@ from bezoar.cli.main import app
 from bezoar.core.cell import CellResult
 from bezoar.core.errors import SettingError
 from bezoar.report.board import lines, render_board
+from tests.executors import Copying
 from tests.toys import LABELS, images
 
 VERSIONS = {"bezoar": "test"}
@@ -140,6 +144,21 @@ def test_one_cell_again_gives_the_same_figures(place, outcome):
     assert (found.acc_after, found.asr_after, found.ra_after) == (one.acc_after, one.asr_after, one.ra_after)
     with pytest.raises(SettingError, match="no cell"):
         run_grid(read_grid(place / "grid.toml"), place / "out", VERSIONS, only="0" * 16)
+
+
+def test_cells_in_other_processes_give_the_same_figures(place, outcome, monkeypatch):
+    copying = Copying()
+    shutil.copytree(place / "out" / "victims", place / "spread" / "victims")
+    monkeypatch.setattr(running, "executor", lambda ray, **_: nullcontext(copying))
+    grid, told = read_grid(place / "grid.toml"), []
+    spread = run_grid(
+        grid, place / "spread", VERSIONS, device="cpu", ray="local", report=lambda *step: told.append(step[1:3])
+    )
+    assert copying.pieces == len(told) == 4
+    figures = [(one.key, one.status, one.acc_after, one.asr_after, one.der) for one in spread.results]
+    assert figures == [(one.key, one.status, one.acc_after, one.asr_after, one.der) for one in outcome.results]
+    run_grid(grid, place / "spread", VERSIONS, device="cpu", ray="local")
+    assert copying.pieces == 4
 
 
 def test_failed_cell_is_noted_and_the_others_go_on(place, tmp_path, monkeypatch):

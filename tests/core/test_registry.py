@@ -19,7 +19,7 @@ def test_finds_by_name():
     ("name", "wanted"),
     [
         ("neural-clense", "'neural-cleanse'"),
-        ("zzz", "There are: additive-inversion, evolutionary-search, neural-cleanse"),
+        ("zzz", "There are: additive-inversion, evolutionary-search, low-cost-neural-cleanse, neural-cleanse"),
     ],
 )
 def test_unknown_name_gets_a_suggestion(name, wanted):

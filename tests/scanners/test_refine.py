@@ -8,7 +8,7 @@ import torch
 from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.ops.verdict import judge
-from bezoar.scanners._refine import WindowSpace
+from bezoar.ops.windows import WindowSpace
 from bezoar.scanners.neural_cleanse import NeuralCleanse
 from tests.toys import LABELS, TARGET, images, trained
 

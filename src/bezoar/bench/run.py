@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from bezoar.bench.grid import Cell, Grid
@@ -13,6 +17,7 @@ from bezoar.bench.store import Store
 from bezoar.bench.victims import Ready, prepare, splits_of
 from bezoar.core.cell import CellResult
 from bezoar.core.errors import SettingError
+from bezoar.core.exec import Executor, executor
 from bezoar.core.results import write_atomic
 from bezoar.core.run import Progress, Report, Run
 from bezoar.evaluation.splits import Splits
@@ -44,6 +49,7 @@ def run_grid(
     again: bool = False,
     device: str = "auto",
     threads: int = 0,
+    ray: str = "",
     report: Report | None = None,
 ) -> Outcome:
     """Measure all cells that are missing and write the leaderboard.
@@ -55,6 +61,8 @@ def run_grid(
         only: Key of one cell, which is then measured again whatever is there.
         again: Also repeat cells that failed.
         device, threads: As for a scan.
+        ray: Spread the cells over a Ray cluster, see :func:`bezoar.core.exec.executor`; all its nodes must share the
+            folder.
         report: Told of progress.
 
     Raises:
@@ -67,7 +75,12 @@ def run_grid(
     if only and only not in cells:
         raise SettingError(f"no cell {only!r} in this grid", "Keys stand in the leaderboard and in cells/")
     work = _Work(grid, splits, cells, Store(folder), dict(versions), device, threads, report)
-    work.run({only: cells[only]} if only else cells, repeat=bool(only), again=again)
+    wanted = {only: cells[only]} if only else cells
+    with executor(ray, cpus=threads or 1, gpus=float(device_named(device).type == "cuda")) as pool:
+        if pool.away:
+            work.spread(wanted, pool, repeat=bool(only), again=again)
+        else:
+            work.run(wanted, repeat=bool(only), again=again)
     return work.outcome()
 
 
@@ -82,11 +95,26 @@ class _Work:
     threads: int
     report: Report | None
     last: float = 0.0
+    ready: tuple[str, Ready | Exception] = ("", KeyError())
+
+    @cached_property
+    def bench(self) -> Bench:
+        """What all cells share."""
+        return Bench(self.grid, self.splits, self.store.folder / "scans", self.device, self.threads, self.versions)
+
+    def spread(self, cells: dict[str, Cell], pool: Executor, *, repeat: bool, again: bool) -> None:
+        """Cells as pieces; each writes its result itself, as side by side processes do."""
+        left = [key for key in cells if not self._done(key, repeat, again)]
+        device = device_named(self.device).type
+        silent = dataclasses.replace(self, report=None, last=math.inf, device=device, threads=self.threads or 1)
+        with closing(pool.map(_measure, (silent, repeat, again), left)) as results:
+            for done, _ in enumerate(results, len(cells) - len(left) + 1):
+                if self.report is not None:
+                    self.report("bench", done, len(cells), "")
+                if time.monotonic() - self.last > _EVERY:
+                    self.outcome()
 
     def run(self, cells: dict[str, Cell], *, repeat: bool, again: bool) -> None:
-        scans = self.store.folder / "scans"
-        bench = Bench(self.grid, self.splits, scans, self.device, self.threads, self.versions)
-        ready: tuple[str, Ready | Exception] = ("", KeyError())
         for number, (key, cell) in enumerate(cells.items()):
             if self.report is not None:
                 note = f"{cell.purifier.name} on {cell.victim.name}, {cell.images} images"
@@ -96,13 +124,13 @@ class _Work:
             with self.store.claim(key) as mine:
                 if not mine or self._done(key, repeat, again):
                     continue  # another process is at it, or was quicker
-                if ready[0] != cell.victim.name:
-                    ready = (cell.victim.name, self._victim(bench, cell))
-                found = ready[1]
+                if self.ready[0] != cell.victim.name:
+                    self.ready = (cell.victim.name, self._victim(self.bench, cell))
+                found = self.ready[1]
                 if isinstance(found, Exception):
-                    self.store.write(failed(bench, cell, key, found))
+                    self.store.write(failed(self.bench, cell, key, found))
                 else:
-                    self.store.write(bench.run(cell, key, found))
+                    self.store.write(self.bench.run(cell, key, found))
             if time.monotonic() - self.last > _EVERY:
                 self.outcome()
         if self.report is not None:
@@ -130,3 +158,9 @@ class _Work:
         page = self.store.folder / "leaderboard.html"
         write_atomic(page, render_board(results, missing=len(self.cells) - len(results)))
         return Outcome(results, len(self.cells) - len(results), page)
+
+
+def _measure(shared: tuple[_Work, bool, bool], key: str) -> None:
+    """One cell, in a worker; what all cells of a victim share stays with the worker."""
+    work, repeat, again = shared
+    work.run({key: work.cells[key]}, repeat=repeat, again=again)

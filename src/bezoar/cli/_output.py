@@ -106,18 +106,18 @@ class RunFlags:
     additive: bool = True
     resume: bool = True
 
-    def make(self, budget: str, evidence: tuple[str, ...] = ()) -> RunOptions:
+    def make(self, budget: str, evidence: tuple[str, ...] = (), fpr: float | None = None, ray: str = "") -> RunOptions:
         """The options of the library."""
-        return RunOptions(**dataclasses.asdict(self), budget=seconds(budget), evidence=evidence)
+        return RunOptions(**dataclasses.asdict(self), budget=seconds(budget), evidence=evidence, fpr=fpr, ray=ray)
 
 
-def seconds(text: str) -> float | None:
+def seconds(text: str, flag: str = "--budget") -> float | None:
     """``90``, ``90s``, ``2m`` or ``1h`` in seconds; None for the empty text."""
     if not text:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip().lower())
     if not found or float(found[1]) <= 0:
-        raise SettingError(f"--budget {text!r} is not a time", "Give seconds, or a number with s, m or h, such as 2m")
+        raise SettingError(f"{flag} {text!r} is not a time", "Give seconds, or a number with s, m or h, such as 2m")
     return float(found[1]) * _UNITS[found[2]]
 
 

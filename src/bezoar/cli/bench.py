@@ -23,6 +23,7 @@ def bench(
     cell: str = "",
     again: Annotated[bool, Parameter(negative="")] = False,
     jobs: int = 1,
+    ray: str = "",
     device: str = "auto",
     threads: int = 0,
     quiet: Annotated[bool, Parameter(negative="")] = False,
@@ -64,15 +65,20 @@ def bench(
         cell: Measure this cell alone, again; its key stands in the leaderboard.
         again: Also repeat cells that failed.
         jobs: Processes that share the work; with more than one, give --threads 1.
+        ray: Spread the cells over a Ray cluster: local, auto for the one that runs here, or its address. All its nodes
+            must share the folder of --out.
         device: Such as cpu or cuda:0; auto takes CUDA where there is one.
         threads: CPU threads; 0 leaves it to torch.
         quiet: No progress and no summary.
     """
     if jobs < 1 or threads < 0:
         raise SettingError("--jobs must be at least 1, and --threads at least 0")
+    if ray and jobs > 1:
+        raise SettingError("--jobs and --ray exclude each other", "Ray knows how many workers it has")
     _output.check_folder(out)
     from bezoar.bench.grid import read_grid
     from bezoar.bench.run import run_grid
+    from bezoar.core.cluster import check_address
     from bezoar.session import device_named
     from bezoar.version import versions
 
@@ -91,6 +97,7 @@ def bench(
                 again=again,
                 device=device,
                 threads=threads,
+                ray=check_address(ray),
                 report=report,
             )
         for other in others:

@@ -15,8 +15,10 @@ from bezoar.cli import _output
 from bezoar.cli.attack import attack
 from bezoar.cli.bench import bench
 from bezoar.cli.data import app as data_app
+from bezoar.cli.evaluate import evaluate
 from bezoar.cli.filter import app as filter_app
 from bezoar.cli.guard import guard
+from bezoar.cli.sweep import sweep
 from bezoar.cli.train import train
 from bezoar.core.errors import BezoarError, SettingError
 from bezoar.version import __version__
@@ -31,6 +33,7 @@ model.
     bezoar demo                                     see it work in a minute
     bezoar scan model.pth --arch resnet-18 --data images/ --out scan/
     bezoar purify model.pth --arch resnet-18 --data images/ --out cleaned/
+    bezoar sweep zoo/ --arch resnet-18 --data images/ --out swept/
 
 And give it a training set that nobody vouches for: it says which examples are
 poisoned.
@@ -54,7 +57,9 @@ app.command(filter_app)
 app.command(train)
 app.command(guard)
 app.command(attack)
+app.command(evaluate)
 app.command(bench)
+app.command(sweep)
 
 Flat = Parameter(name="*")
 _MODEL, _RUN = _output.ModelFlags(), _output.RunFlags()
@@ -74,7 +79,10 @@ def scan(
     seeds: int = 3,
     labels: str = "",
     evidence: str = "",
+    fpr: float | None = None,
+    source_specific: Annotated[bool, Parameter(negative="")] = False,
     budget: str = "",
+    ray: str = "",
     model_flags: Annotated[_output.ModelFlags, Flat] = _MODEL,
     flags: Annotated[_output.RunFlags, Flat] = _RUN,
     set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
@@ -87,6 +95,7 @@ def scan(
         bezoar scan student.pth.tar --arch wrn-16-1 --data clean.npz --out scan/
         bezoar scan resnet/ --data images/ --budget 2m --json
         bezoar scan net.pth --arch mynet.py:make --data images/ --mean 0.5 --std 0.5 --size 64
+        bezoar scan resnet/ --data images/ --fpr 0.01 --out scan/
 
     A killed scan goes on where it stopped when the same command is given again.
 
@@ -97,12 +106,19 @@ def scan(
         out: Folder for report.html, report.json, report.sarif and the triggers.
         json: Print the whole report as JSON instead of the summary.
         sarif: Print the report as SARIF instead of the summary.
-        scanner: neural-cleanse, or evolutionary-search, which needs no gradient of the input; see bezoar methods.
+        scanner: neural-cleanse; low-cost-neural-cleanse, the paper's way with many labels; or evolutionary-search,
+            which needs no gradient of the input; see bezoar methods.
         mode: fast, or the paper's own procedure, label by label (far slower, and without the search for faint changes).
         seeds: Seeds to scan with; they must agree for a verdict.
         labels: Labels that can be the target, such as 3,7,10-14; all by default.
-        evidence: Scorers to ask as well, such as mm-bd,k-arm, or all; what they say is shown and decides nothing.
+        evidence: Scorers to ask as well, such as mm-bd,k-arm, or all; what they say is shown.
+        fpr: Share of clean models that may be called backdoored, such as 0.01: the verdict then rests on all searches
+            and several scorers together, with a p-value. Without it the searches decide by their own rule.
+        source_specific: Also look for triggers that work on images of one label only: short for
+            --evidence source-specific.
         budget: Time allowed, such as 90s, 2m or 1h; the answer is then the best so far.
+        ray: Spread the scan over a Ray cluster: local, auto for the one that runs here, or its address; its pieces are
+            seeds, or labels with --mode reference. The answer is the same.
         set_: A setting of the method, such as --set steps=200.
         quiet: No progress and no summary; the exit code tells.
     """
@@ -111,6 +127,9 @@ def scan(
     if json and sarif:
         raise SettingError("--json and --sarif exclude each other", "Use --out DIR to get both as files")
     _output.check_folder(out)
+    asked = tuple(filter(None, evidence.replace(" ", "").split(",")))
+    if source_specific and not {"source-specific", "all"} & set(asked):
+        asked = (*asked, "source-specific")
     settings = {"seeds": seeds, "labels": _output.label_list(labels)} | ({} if mode == "fast" else {"mode": mode})
     method = _output.method_from("scanners", scanner, settings, set_)
     with _output.progress(quiet) as report:
@@ -119,7 +138,7 @@ def scan(
             data,
             method=method,
             model_options=model_flags.make(),
-            options=flags.make(budget, evidence=tuple(filter(None, evidence.replace(" ", "").split(",")))),
+            options=flags.make(budget, tuple(filter(None, evidence.replace(" ", "").split(","))), fpr, ray),
             report=report,
         )
     saved = None if out is None else result.save(out)
@@ -137,7 +156,7 @@ def purify(
     method: str = "auto",
     scanner: str = "neural-cleanse",
     scan: Path | None = None,
-    label: int | None = None,
+    label: int | Literal["all"] | None = None,
     suspects: Path | None = None,
     suspect_data: str | None = None,
     seeds: int = 3,
@@ -169,7 +188,7 @@ def purify(
         method: auto, or another one of bezoar methods.
         scanner: What finds the triggers, where the method wants some; see bezoar scan.
         scan: Folder that bezoar scan --out wrote for this model, so that it is not scanned again.
-        label: Use the inverted trigger of this label, whatever the verdict.
+        label: Use the inverted trigger of this label, whatever the verdict; all for those of all labels.
         suspects: The suspects.csv of bezoar filter data, for abl-unlearn: training examples to unlearn.
         suspect_data: The training set that --suspects is about.
         seeds: Seeds of the scan.

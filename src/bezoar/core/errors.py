@@ -7,6 +7,7 @@ BezoarError             caught by the command line: one line, exit code 2
 ├── MissingExtra        an optional library is missing or broken
 ├── UnsupportedModel    the model works, but not with this method
 ├── SettingError        a setting is out of range or unknown
+├── ClusterError        the Ray cluster cannot be used, or lost a piece of work too often
 └── BudgetSpent         the time is over
 """
 
@@ -24,6 +25,9 @@ class BezoarError(Exception):
     def __init__(self, message: str, hint: str = "") -> None:
         self.message, self.hint = message, hint
         super().__init__(f"{message}. {hint}" if hint else message)
+
+    def __reduce__(self) -> tuple[type[BezoarError], tuple[str, str]]:
+        return type(self), (self.message, self.hint)  # errors of other processes come back whole
 
 
 class ModelError(BezoarError):
@@ -48,6 +52,10 @@ class UnsupportedModel(BezoarError):
 
 class SettingError(BezoarError):
     """A setting is out of range or unknown."""
+
+
+class ClusterError(BezoarError):
+    """The Ray cluster cannot be used, or lost a piece of work too often."""
 
 
 class BudgetSpent(BezoarError):

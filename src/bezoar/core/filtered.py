@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from bezoar.core.document import Document
-from bezoar.core.results import DataFacts, ModelFacts, RunFacts, Verdict
+from bezoar.core.results import DataFacts, ModelFacts, RunFacts
+from bezoar.core.scored import Verdict
 
 SCHEMA = "bezoar.filter/1"
 

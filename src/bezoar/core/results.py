@@ -14,9 +14,9 @@ from typing import Any, Literal, Self
 
 from bezoar.core.errors import DataError
 from bezoar.core.plain import built, plain
+from bezoar.core.scored import Combination, Evidence, Verdict
 
 SCHEMA = "bezoar.report/1"
-Verdict = Literal["clean", "backdoored", "inconclusive"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,40 +181,6 @@ class Search:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelScore:
-    """How suspicious one label is to a scorer, higher for more."""
-
-    label: int
-    name: str
-    score: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """What a scorer says beside the searches; no verdict rests on it.
-
-    Attributes:
-        method, config: The scorer and its settings.
-        meaning: What its scores are, in words.
-        score: Of the model as a whole, higher for more suspicious.
-        suspect: What the paper's own rule says, or None where it has none.
-        pvalue: The paper's own, or None.
-        labels: The most suspicious labels, first the leading one.
-        source, target: The most suspicious pair, for scorers that tell source-specific backdoors apart.
-    """
-
-    method: str
-    config: dict[str, Any]
-    meaning: str
-    score: float
-    suspect: bool | None
-    pvalue: float | None
-    labels: tuple[LabelScore, ...]
-    source: int | None = None
-    target: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class LayerChange:
     """How much one tensor changed: L2 norm of the difference relative to that of the original."""
 
@@ -307,7 +273,7 @@ class Report:
 
     Where several families of triggers were searched, ``method`` to ``triggers`` are those of the search that leads: the
     one that found the backdoor, or else came closest. ``searches`` are the others. ``evidence`` is what scorers say
-    beside them.
+    beside them, ``combination`` what all say together.
     """
 
     verdict: Verdict | None
@@ -325,6 +291,7 @@ class Report:
     triggers: tuple[TriggerFacts, ...] = ()
     searches: tuple[Search, ...] = ()
     evidence: tuple[Evidence, ...] = ()
+    combination: Combination | None = None
     cleaning: Cleaning | None = None
     warnings: tuple[str, ...] = ()
     run: RunFacts

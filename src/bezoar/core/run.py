@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from bezoar.core.errors import BudgetSpent
+from bezoar.core.exec import Executor, Serial
 from bezoar.core.results import RunFacts
 
 #: Told of progress: name of the phase, steps done, steps in all, what is in the lead.
@@ -102,6 +103,8 @@ class Run:
         reserve: Share of the budget that is kept for what comes after, in [0, 1).
         notes: What a method found out on the way and the report shows: plain values by name.
         warnings: What the user should know about how it went.
+        executor: Where pieces of the work run that need nothing of each other.
+        deadline: Of a run that was sent to another process, by the wall clock, which all machines share.
     """
 
     seed: int = 0
@@ -114,6 +117,18 @@ class Run:
     budget_spent: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    executor: Executor = field(default_factory=Serial)
+    deadline: float | None = None
+
+    def elsewhere(self) -> Run:
+        """A run for pieces in other processes: same seed, kind of device and end, and nobody to tell of progress."""
+        deadline = None if self.budget is None else time.time() + self.spendable
+        return Run(seed=self.seed, device=torch.device(self.device.type), deadline=deadline)
+
+    def resumed(self) -> Run:
+        """What :meth:`elsewhere` gave, where it has arrived."""
+        budget = None if self.deadline is None else self.deadline - time.time()
+        return Run(seed=self.seed, device=self.device, budget=budget, reserve=0.0)
 
     @property
     def left(self) -> float:

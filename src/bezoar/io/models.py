@@ -63,7 +63,7 @@ def load_model(
             return _assemble(_from_python(source), options, type(source).__name__, _hash_state(source))
         opened = open_source(Path(source).expanduser())
         loaded = _pick(opened).read(opened, options)
-        return _assemble(loaded, options, str(source), _hash_source(opened))
+        return _assemble(loaded, options, str(source), hash_source(opened))
     except BezoarError as error:
         raise type(error)(printable(error.message), printable(error.hint)) from error.__cause__
 
@@ -242,7 +242,8 @@ def _hash_state(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _hash_source(source: Source) -> str:
+def hash_source(source: Source) -> str:
+    """SHA-256 of a model file; of a folder that of its weights and configuration."""
     if not source.is_folder:
         return sha256(source.path)
     digest = hashlib.sha256()

@@ -108,10 +108,9 @@ class Inversion:
         (weight * size).sum().backward()  # type: ignore[no-untyped-call]
         for rows in self._chunks(len(images)):
             rates.append(self._chunk(rows, images, truth))
-        # The decision is about the triggers that were measured, so it keeps them, not the ones after the step.
-        measured = {k: v.detach().clone() for k, v in self.parameters.items()}
+        # The decision is about the triggers that were measured, so it comes before they are changed.
+        self._decide(torch.cat(rates), size.detach().cpu().double())
         self.optimizer.step()
-        self._decide(torch.cat(rates), size.detach().cpu().double(), measured)
         self.steps += 1
         self.run.image_gradients += len(self.labels) * len(images)
 
@@ -206,15 +205,15 @@ class Inversion:
         # A batch that holds only images of the label says nothing: NaN leaves the running rate as it is.
         return torch.where(others.sum(1) > 0, rate, torch.nan).detach().cpu().double()
 
-    def _decide(self, rate: Tensor, size: Tensor, measured: Parameters) -> None:
+    def _decide(self, rate: Tensor, size: Tensor) -> None:
         weight = 0.0 if self.steps == 0 else self.settings.smoothing
         moved = weight * self.success + (1 - weight) * rate
         self.success = torch.where(torch.isnan(rate), self.success, moved)
         improved, done = self.controller.decide(self.cost, self.success, size)
         self.done |= done
         rows = torch.nonzero(improved).flatten().to(self.run.device)
-        for name, value in measured.items():
-            self.best[name][rows] = value[rows]
+        for name, value in self.parameters.items():
+            self.best[name][rows] = value.detach()[rows]
 
     def _autocast(self) -> torch.autocast:
         device = self.run.device.type

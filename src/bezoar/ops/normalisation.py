@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,11 @@ NORMALISATIONS = (_BATCH_NORM, nn.modules.instancenorm._InstanceNorm, nn.GroupNo
 def batch_norms(model: nn.Module) -> list[nn.Module]:
     """The BatchNorm layers that keep running statistics."""
     return [m for m in model.modules() if isinstance(m, _BATCH_NORM) and m.running_mean is not None]
+
+
+def optimizer_from_scratch(model: nn.Module) -> tuple[Literal["sgd", "adam"], float]:
+    """Optimiser and learning rate to begin with: SGD at 0.1 for a net with BatchNorm, else Adam at 1e-3."""
+    return ("sgd", 0.1) if batch_norms(model) else ("adam", 1e-3)
 
 
 def gains_and_shifts(model: nn.Module) -> list[nn.Parameter]:

@@ -17,7 +17,8 @@ from statistics import NormalDist
 import numpy as np
 
 from bezoar.core.evidence import Scan, SeedScan, Unit
-from bezoar.core.results import Figure, LabelEvidence, Rule, SeedResult, Verdict
+from bezoar.core.results import Figure, LabelEvidence, Rule, SeedResult
+from bezoar.core.scored import Verdict
 from bezoar.ops.stats import anomaly_index
 
 CALIBRATED_LABELS = 43  #: Most labels of a calibration net.
@@ -137,13 +138,14 @@ class Judgement:
     labels: tuple[LabelEvidence, ...]
 
 
-def judge(scan: Scan, names: tuple[str, ...], rule: RatioRule | None = None) -> Judgement:
+def judge(scan: Scan, names: tuple[str, ...], rule: RatioRule | None = None, leader: int | None = None) -> Judgement:
     """Apply the rule.
 
     Args:
         scan: Evidence of at least one seed.
         names: Name of each label.
         rule: Bounds.
+        leader: The label whose figures are shown; by default the target, or that of the smallest trigger.
     """
     rule = (rule or RatioRule()).for_unit(scan.unit).for_labels(scan.num_classes)
     judged = {s.seed: _seed(s, scan, rule) for s in scan.seeds}
@@ -152,7 +154,8 @@ def judge(scan: Scan, names: tuple[str, ...], rule: RatioRule | None = None) -> 
     scan = dataclasses.replace(scan, seeds=tuple(s for s in scan.seeds if s.finished) or scan.seeds)
     voters = [judged[s.seed] for s in scan.seeds]
     verdict, target = _vote([r for r, _ in voters], rule)
-    leader = target if target is not None else Counter(leader for _, leader in voters).most_common(1)[0][0]
+    if leader is None:
+        leader = target if target is not None else Counter(leader for _, leader in voters).most_common(1)[0][0]
     figures = _figures_over_seeds(scan, leader, [r for r, _ in voters], rule)
     return Judgement(
         verdict,

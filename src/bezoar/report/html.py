@@ -17,7 +17,7 @@ from markupsafe import Markup
 from bezoar.core.results import LabelEvidence, Report, Search, SeedResult, TriggerFacts
 from bezoar.report import cleaned, svg, wording
 from bezoar.report._page import hashed, pages, part
-from bezoar.report.scored import rule_says
+from bezoar.report.scored import one_in, rule_says
 
 WIDE, NARROW = 720, 320  # Chart widths: screens and paper, phones.
 MAX_TABLE = 2000
@@ -93,6 +93,7 @@ def _context(report: Report) -> dict[str, Any]:
         "settings": _settings,
         "phases": [(f"Time: {name}", wording.duration(value)) for name, value in report.run.seconds.items()],
         "rule_says": rule_says,
+        "one_in": one_in,
         "number": wording.number,
         "searches": [_search(search) for search in report.searches],
         "max_layers": MAX_LAYERS,

@@ -50,7 +50,7 @@ def to_sarif(report: Report) -> str:
         "artifacts": _artifacts(report),
         "results": _results(report),
         "columnKind": "utf16CodeUnits",
-        "properties": _plain({"verdict": report.verdict, "target": report.target, "schema": report.schema}),
+        "properties": plain_values({"verdict": report.verdict, "target": report.target, "schema": report.schema}),
     }
     return json.dumps({"$schema": SCHEMA_URI, "version": "2.1.0", "runs": [run]}, indent=1, allow_nan=False) + "\n"
 
@@ -66,13 +66,17 @@ def uri(path: str) -> str:
 
 
 def _driver(report: Report) -> dict[str, Any]:
-    driver: dict[str, Any] = {"name": "bezoar", "rules": [_rule(identity) for identity in _RULES]}
+    driver: dict[str, Any] = {"name": "bezoar", "rules": described()}
     version = report.run.versions.get("bezoar")
     return {**driver, "version": version} if version else driver
 
 
-def _rule(identity: str) -> dict[str, Any]:
-    name, level, short, full = _RULES[identity]
+def described(further: dict[str, tuple[str, str, str, str]] | None = None) -> list[dict[str, Any]]:
+    """The rules as SARIF has them; ``further`` are name, level, short and full text of others, by identity."""
+    return [_rule(identity, *texts) for identity, texts in (_RULES | (further or {})).items()]
+
+
+def _rule(identity: str, name: str, level: str, short: str, full: str) -> dict[str, Any]:
     return {
         "id": identity,
         "name": name,
@@ -126,7 +130,7 @@ def _result(report: Report, identity: str, text: str, artifact: int, path: str, 
         "message": {"text": wording.printable(text)},
         "locations": [{"physicalLocation": {"artifactLocation": {"uri": uri(path), "index": artifact}}}],
         "partialFingerprints": {"modelAndTarget/v1": f"{sha256}:{report.target if report.target is not None else '-'}"},
-        "properties": _plain(_evidence(report, wording.suspect(report))),
+        "properties": plain_values(_evidence(report, wording.suspect(report))),
     }
 
 
@@ -141,12 +145,12 @@ def _evidence(report: Report, evidence: LabelEvidence | None) -> dict[str, Any]:
     return values
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """The same without what JSON cannot hold."""
+def plain_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Values by name, those of values that are such themselves included: the same without what JSON cannot hold."""
     out: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            out[key] = _plain(value)
+            out[key] = plain_values(value)
         elif value is not None and not (isinstance(value, float) and not math.isfinite(value)):
             out[key] = value
     return out

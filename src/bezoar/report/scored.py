@@ -1,8 +1,9 @@
-"""What is said of the evidence of scorers."""
+"""What is said of the evidence of scorers, and of all sources together."""
 
 from __future__ import annotations
 
-from bezoar.core.results import Evidence, Report
+from bezoar.core.results import Report
+from bezoar.core.scored import Combination, Evidence
 from bezoar.report.wording import label_text, number
 
 
@@ -20,3 +21,17 @@ def scored(report: Report, one: Evidence) -> str:
     next_ = f", next {number(others[0].score)}" if others else ""
     says = "" if one.suspect is None else f"; its own rule says {rule_says(one)}"
     return f"label {label_text(report, first.label)}{source}, score {number(first.score)}{next_}{says}"
+
+
+def together(report: Report, whole: Combination) -> str:
+    """The p-value of all sources together in a line."""
+    agree = sum(source.leader == whole.leader for source in whole.sources)
+    return (
+        f"p = {number(whole.pvalue)} (backdoored: at most {number(whole.fpr)}); {agree} of {len(whole.sources)} "
+        f"sources name label {label_text(report, whole.leader)} first"
+    )
+
+
+def one_in(surprise: float) -> str:
+    """A surprise as a share of clean labels: ``1 in 250``."""
+    return f"1 in {number(10 ** min(surprise, 9))}" + (" or rarer" if surprise >= 9 else "")

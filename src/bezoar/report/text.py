@@ -6,7 +6,7 @@ import textwrap
 
 from bezoar.core.results import LabelEvidence, Report, Search
 from bezoar.report import cleaned, wording
-from bezoar.report.scored import scored
+from bezoar.report.scored import scored, together
 from bezoar.report.wording import percent, pixels, printable
 
 MAX_LINES = 25
@@ -52,6 +52,8 @@ def _scan_rows(report: Report) -> list[tuple[str, str]]:
             value, bound = (wording.number(v) for v in ratio)
             rows.append(("Size ratio", f"{value} of the median of the other labels (suspect: at most {bound})"))
         rows.append(("Anomaly index", f"{wording.number(evidence.index)} (decides nothing)"))
+    if report.combination is not None:
+        rows.append(("All together", together(report, report.combination)))
     rows += [_search_row(report, search) for search in report.searches]
     rows += [(one.method, scored(report, one)) for one in report.evidence]
     if report.seeds and evidence is not None:

@@ -21,14 +21,11 @@ from bezoar.core.surgery import logits, require_gradient, require_independent_ro
 from bezoar.core.trigger import trigger_of, trigger_tensors
 from bezoar.ops.cost import CostController
 from bezoar.ops.invert import Inversion, InversionSettings, Loss
+from bezoar.scanners._seeds import Wanted, look_for_all
 
 # Under a budget: steps that the pace is measured on, and smallest batch.
 _PACE = 3
 _LEAST_BATCH = 6
-
-
-#: Labels to look at, and those of them that median and MAD are taken from.
-Wanted = tuple[list[int], list[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +75,11 @@ class Together(Scanner):
         self.require("pressure", self.pressure > 0, "above 0")
         self.require("chunk", self.chunk >= 0, "at least 0")
 
+    @property
+    def seeds_apart(self) -> bool:
+        """Whether seeds may run side by side; else :meth:`look` has pieces of its own for the run's executor."""
+        return True
+
     @abstractmethod
     def space(self, shape: tuple[int, int, int]) -> TriggerSpace:
         """The family of triggers for images of ``shape`` (C, H, W)."""
@@ -89,15 +91,14 @@ class Together(Scanner):
                 raise SettingError(f"label {label} is not in 0..{clean.num_classes - 1}")
         require_gradient(model, clean.x[:2].to(run.device))
         self.check(model, clean, run)
-        found: list[SeedScan] = []
-        for number in range(self.seeds):
-            seed = run.seed + number
-            if number and run.spendable <= 0:
-                run.budget_spent = True
-                break
+        seeds = range(run.seed, run.seed + self.seeds)
+        wanted = wanted_labels(clean, run.seed, [], self.labels, self.candidates, self.reference_labels)
+        # Where median and MAD are those of all labels, no seed waits for what the first one found.
+        first = self.seeds if len(wanted[1]) == clean.num_classes else 1
+        found = look_for_all(self, model, clean, run, seeds[:first], wanted, self.seeds_apart)
+        if seeds[first:]:
             wanted = wanted_labels(clean, run.seed, found, self.labels, self.candidates, self.reference_labels)
-            found.append(self.look(model, clean, run, seed, wanted))
-            run.progress.seed_done()
+            found += look_for_all(self, model, clean, run, seeds[first:], wanted, self.seeds_apart)
         _, height, width = clean.shape
         return self.finish(
             model, clean, run, Scan(tuple(found), clean.num_classes, height * width, self.unit, wanted=self.labels)

@@ -16,7 +16,8 @@ from bezoar.ops.attention import Tap
 from bezoar.ops.cam import cam_layer, grad_cam
 from bezoar.scanners._boxes import Boxes, Region, box_around
 from bezoar.scanners._evolve import Evolution, Oracle, Strategy, populations
-from bezoar.scanners._together import Wanted, held_out, wanted_labels
+from bezoar.scanners._seeds import Wanted
+from bezoar.scanners._together import held_out, wanted_labels
 
 # Images of a map.
 _SEEN = 16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -19,7 +20,8 @@ from bezoar.ops.cost import CostController
 from bezoar.ops.reference import invert_label
 from bezoar.ops.verdict import size_ratio
 from bezoar.scanners._refine import refine
-from bezoar.scanners._together import Together, Wanted, held_out, pack, unpack
+from bezoar.scanners._seeds import Scene, Wanted
+from bezoar.scanners._together import Together, held_out, pack, unpack
 from bezoar.scanners.additive_inversion import AdditiveInversion
 
 # At this ratio to the median of the other labels or below, the leading label gets a second look.
@@ -73,6 +75,11 @@ class NeuralCleanse(Together):
         self.require("refine", self.refine >= 0, "at least 0")
         self.require("start_mask", 0 < self.start_mask < 0.6, "in (0, 0.6)")
 
+    @property
+    def seeds_apart(self) -> bool:
+        """See :class:`Together`; the labels of the reference are pieces of their own."""
+        return self.mode == "fast"
+
     def space(self, shape: tuple[int, int, int]) -> MaskedSpace:
         """See :class:`Together`."""
         return MaskedSpace(shape, start_mask=self.start_mask)
@@ -117,31 +124,42 @@ class NeuralCleanse(Together):
         labels = list(self.labels) or list(range(clean.num_classes))
         saved = run.progress.load(seed)
         found = unpack(saved["dropped"]) if saved is not None else {}
-        finished = True
-        for label in labels:
-            if label in found:
-                continue
-            try:
-                trigger, size, works = invert_label(
-                    model,
-                    clean.x,
-                    label,
-                    controller=CostController(reach=self.reach),
-                    steps=self.reference_steps,
-                    batches=31,
-                    batch=32,
-                    lr=0.1,
-                    loss=self.loss,
-                    seed=seed,
-                    run=run,
-                    progress=_label_progress(run, seed, labels, label, self.reference_steps),
-                )
-            except BudgetSpent:
-                finished = False
-                break
-            found[label] = LabelScan(size, float("nan"), "complete" if works else "failed", True, trigger)
-            run.progress.save(seed, lambda: {"dropped": pack(found)}, now=True)
+        finished, away = True, run.executor.away
+        shared = (self, Scene.of(model, clean, run), seed, labels, away)
+        left = [label for label in labels if label not in found]
+        try:
+            with closing(run.executor.map(_invert, shared, left)) as results:
+                for label, (scan, gradients) in results:
+                    found[label] = scan
+                    run.progress.save(seed, lambda: {"dropped": pack(found)}, now=True)
+                    if away:
+                        run.image_gradients += gradients
+                        run.progress.step(seed, len(found), len(labels), f"label {label} is done")
+        except BudgetSpent:
+            run.budget_spent, finished = True, False
         return SeedScan(seed, held_out(model, clean, run, found), finished)
+
+
+def _invert(shared: tuple[NeuralCleanse, Scene, int, list[int], bool], label: int) -> tuple[LabelScan, int]:
+    """One label of the reference."""
+    settings, scene, seed, labels, away = shared
+    with scene.entered(away) as (model, run):
+        trigger, size, works = invert_label(
+            model,
+            scene.clean.x,
+            label,
+            controller=CostController(reach=settings.reach),
+            steps=settings.reference_steps,
+            batches=31,
+            batch=32,
+            lr=0.1,
+            loss=settings.loss,
+            seed=seed,
+            run=run,
+            progress=_label_progress(run, seed, labels, label, settings.reference_steps),
+        )
+        found = LabelScan(size, float("nan"), "complete" if works else "failed", True, trigger)
+        return found, run.image_gradients
 
 
 def _leading(found: Scan) -> int | None:
