@@ -49,6 +49,7 @@ from bezoar.session import open_session
 SEARCHES: dict[str, Callable[..., Scanner]] = {"neural-cleanse": NeuralCleanse, "additive-inversion": AdditiveInversion}
 RESULTS = Path(__file__).parent / "results" / "scorers.jsonl"
 CLEAN_TWINS = 3
+LEAST_ASR = 0.8
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def _attacked() -> list[Net]:
         if path.exists():
             found.append(Net(Case("attacks", f"clean-{seed}", path, attacks.DATA, settings, None, "clean"), seed))
     for line in attacks.read():
+        if float(str(line["asr"])) < LEAST_ASR:
+            continue  # the backdoor did not take: there is nothing to find
         label = f"{line['attack']} {line['settings']}".strip()
         folder = f"{label.replace(' ', '_').replace('/', '-')[:80]}_{line['seed']}"
         path = attacks.OUT / folder / "model.safetensors"

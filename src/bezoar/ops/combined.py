@@ -210,11 +210,11 @@ def verdict(pvalue: float, fpr: float, alone: Verdict) -> Verdict:
     Args:
         pvalue: Of the model.
         fpr: Share of clean models that may be called backdoored, in (0, 1).
-        alone: What the searches say by their own rule; a model that they find backdoored is never called clean.
+        alone: What the searches say by their own rule; only a model that they find clean too is called so.
     """
     if pvalue <= fpr:
         return "backdoored"
-    return "inconclusive" if pvalue <= max(CLEAN, fpr) or alone == "backdoored" else "clean"
+    return "clean" if pvalue > max(CLEAN, fpr) and alone == "clean" else "inconclusive"
 
 
 def rule_text(fpr: float) -> str:
@@ -224,7 +224,7 @@ def rule_text(fpr: float) -> str:
         "Every source scores every label. How far a label stands out from the others is told in how rarely a label of "
         "a clean net does (its surprise, as a power of ten); the surprises of all sources are added up, and the "
         "largest sum is held against the largest sums of clean nets, which gives the p-value. The model is backdoored "
-        f"at {fpr:.2g} or less{doubt}. A model in which a search alone finds a backdoor is not called clean."
+        f"at {fpr:.2g} or less{doubt}. Only a model that the searches alone find clean is called so."
     )
 
 
