@@ -19,12 +19,12 @@ from collections import defaultdict
 from typing import Any
 
 from bezoar.core.results import write_atomic
-from bezoar.evidence import COMBINED
+from bezoar.evidence import COMBINED, CONCENTRATION, MASKS
 from bezoar.ops.combined import CleanNet, clean_nets, clean_nets_file, combine, verdict
 from bezoar.ops.stats import wilson
 from scorers import auroc, read, tpr
 
-SOURCES = ("neural-cleanse", "additive-inversion", *COMBINED)
+SOURCES = (MASKS, CONCENTRATION, "additive-inversion", *COMBINED)
 #: Family of each attack, after what a defence has to see.
 FAMILIES = {
     "patch": ("badnets", "trojan", "several"),

@@ -20,6 +20,7 @@ import guard
 import jsonl
 import purify
 import scaling
+import stress
 import student
 import sweep
 import verdicts
@@ -191,6 +192,7 @@ def main() -> None:
         "SCALING": scaling.table(jsonl.read(scaling.RESULTS) + jsonl.read(scaling.MEMORY)),
         "TOGETHER": combine.table(combine.collected(scorers.read()), 0.01),
         "UNLEARN": _unlearning(),
+        "STRESS": stress.table(jsonl.read(stress.RESULTS)),
         "SWEEP": sweep.table(_json("sweep.json")),
         "CORNER": _corner(),
         "ATTACKS": attacks.table(attacks.read()),

@@ -39,14 +39,18 @@ from bezoar.core.results import write_atomic
 from bezoar.core.run import Run
 from bezoar.evaluation.splits import read_splits
 from bezoar.nets.registry import find as find_net
-from bezoar.ops.combined import label_scores
+from bezoar.ops.combined import concentration, label_scores
 from bezoar.options import ModelOptions, RunOptions
 from bezoar.scanners.additive_inversion import AdditiveInversion
 from bezoar.scanners.neural_cleanse import NeuralCleanse
 from bezoar.scanning import look_for
 from bezoar.session import open_session
 
-SEARCHES: dict[str, Callable[..., Scanner]] = {"neural-cleanse": NeuralCleanse, "additive-inversion": AdditiveInversion}
+SEARCHES: dict[str, Callable[..., Scanner]] = {
+    "neural-cleanse": NeuralCleanse,
+    "mask-concentration": NeuralCleanse,
+    "additive-inversion": AdditiveInversion,
+}
 RESULTS = Path(__file__).parent / "results" / "scorers.jsonl"
 CLEAN_TWINS = 3
 LEAST_ASR = 0.8
@@ -143,7 +147,8 @@ def score(net: Net, name: str, seed: int) -> dict[str, Any]:
         start, before = time.perf_counter(), time.process_time()
         try:
             if isinstance(method, Scanner):
-                found = label_scores(look_for(session, method).evidence)
+                measure = concentration if name == "mask-concentration" else label_scores
+                found = measure(look_for(session, method).evidence)
             else:
                 found = method(session.suspect.module, session.clean, session.run)
         except BezoarError as error:

@@ -11,7 +11,7 @@ from bezoar.core.errors import SettingError, UnsupportedModel
 from bezoar.core.evidence import Scores
 from bezoar.core.results import Report
 from bezoar.core.scored import Evidence, LabelScore
-from bezoar.evidence import COMBINED, scorers
+from bezoar.evidence import COMBINED, CONCENTRATION, MASKS, scorers
 from bezoar.ops.combined import Combined
 from bezoar.report.html import render
 from bezoar.report.scored import scored
@@ -22,7 +22,7 @@ from tests.report import samples
 from tests.toys import LABELS, images, trained
 
 QUICK = {"seeds": 1, "additive": False, "resume": False}
-NO_SURPRISE = {name: {1: 0.1} for name in ("neural-cleanse", "additive-inversion", *COMBINED)}
+NO_SURPRISE = {name: {1: 0.1} for name in (MASKS, CONCENTRATION, "additive-inversion", *COMBINED)}
 TWO = ("channel-lipschitz", "unlearned-labels")
 
 
@@ -121,7 +121,7 @@ def together() -> Report:
 
 def test_combined_verdict_rests_on_all_sources(together):
     whole = together.combination
-    assert {one.method for one in whole.sources} == {"neural-cleanse", "additive-inversion", *COMBINED}
+    assert {one.method for one in whole.sources} == {MASKS, CONCENTRATION, "additive-inversion", *COMBINED}
     assert {one.method for one in together.evidence} == set(COMBINED)
     assert (together.verdict, together.target) == ("backdoored", whole.leader)
     assert whole.pvalue <= whole.fpr == 0.05
@@ -135,7 +135,7 @@ def test_combined_verdict_is_shown(together):
     assert "All evidence together: p = " in page
     assert "How the searches alone judge" in page
     assert "All together" in text
-    assert "5 sources" in " ".join(text.split())
+    assert "6 sources" in " ".join(text.split())
 
 
 def test_combined_verdict_can_overrule_the_searches(together, monkeypatch):

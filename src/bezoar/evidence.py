@@ -11,7 +11,7 @@ from bezoar.core.method import Scorer
 from bezoar.core.registry import find, methods
 from bezoar.core.run import Progress
 from bezoar.core.scored import Combination, Evidence, LabelScore, Source, Verdict
-from bezoar.ops.combined import calibration, clean_sources, combine, label_scores, rule_text
+from bezoar.ops.combined import calibration, clean_sources, combine, concentration, label_scores, rule_text
 from bezoar.ops.verdict import RatioRule
 from bezoar.session import Session
 
@@ -19,6 +19,10 @@ from bezoar.session import Session
 _SHOWN = 10
 #: Scorers that a combined verdict asks: those that tell nets apart in benchmarks/scorers.py at no great cost.
 COMBINED = ("mm-bd", "k-arm", "abs-stimulation")
+
+
+#: The search whose masks tell where a trigger lies, and the name of that as a source.
+MASKS, CONCENTRATION = "neural-cleanse", "mask-concentration"
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ def combination(
     if fpr is None or len(complete) < len(searches) or session.clean.num_classes < RatioRule.least_labels:
         return None
     scores = {name: label_scores(scan) for name, scan in searches.items()} | gathered.scores
+    if MASKS in searches:
+        scores[CONCENTRATION] = concentration(searches[MASKS])
     labels = {name: scores[name].labels for name in sorted(scores) if name in clean_sources()}
     if not labels:
         return None

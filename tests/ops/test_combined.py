@@ -12,8 +12,19 @@ from hypothesis import strategies as st
 
 from bezoar.core.evidence import LabelScan, Scan, SeedScan
 from bezoar.core.trigger import MaskedTrigger
-from bezoar.evidence import COMBINED
-from bezoar.ops.combined import CLEAN, CleanNet, Tail, apart, clean_nets, combine, label_scores, spread, verdict
+from bezoar.evidence import COMBINED, CONCENTRATION, MASKS
+from bezoar.ops.combined import (
+    CLEAN,
+    CleanNet,
+    Tail,
+    apart,
+    clean_nets,
+    combine,
+    concentration,
+    label_scores,
+    spread,
+    verdict,
+)
 
 TRIGGER = MaskedTrigger(torch.zeros(1, 10, 10), torch.zeros(3, 10, 10))
 SOURCES = ("masks", "margin")
@@ -67,6 +78,30 @@ def test_search_as_scores_takes_the_median_over_seeds():
     assert label_scores(Scan(seeds, 3, 100)).labels[2] == pytest.approx(math.log(10 / 5))
 
 
+def masked(*places: tuple[int, int], status: str = "complete") -> LabelScan:
+    """A trigger with a pixel at each place of a 28 x 28 image."""
+    mask = torch.zeros(1, 28, 28)
+    for row, column in places:
+        mask[0, row, column] = 1
+    return LabelScan(float(len(places)), 1.0, status, True, MaskedTrigger(mask, torch.zeros(1, 28, 28)))
+
+
+def test_concentration_is_the_share_of_the_densest_window():
+    spread_out = [(0, 0), (0, 20), (20, 0), (20, 20)]
+    labels = {
+        0: masked((5, 5), (5, 10), (10, 5), (10, 10)),  # all four in a window of 6 x 6
+        1: masked((5, 5), (5, 11), (11, 5), (11, 11)),  # one apart by a pixel: a quarter
+        2: masked(*spread_out),
+        3: masked((5, 5), (5, 6), status="failed"),
+        4: masked((3, 3), (4, 4), (20, 20), (0, 20)),  # a half
+    }
+    scores = concentration(Scan((SeedScan(0, labels, True),), 5, 784)).labels
+    assert scores[0] == pytest.approx(math.log(1 / math.sqrt(0.25 * 0.5)))  # of the others' 0.25, 0.25, 0.5 and 1
+    assert scores[1] == pytest.approx(math.log(0.25 / math.sqrt(0.5)))
+    assert scores[4] == pytest.approx(math.log(0.5 / math.sqrt(0.25)))
+    assert scores[3] == 0.0  # it never worked
+
+
 def test_surprise_counts_in_the_bulk_and_is_exponential_beyond():
     values = np.arange(1.0, 101.0)
     tail = Tail(values)
@@ -115,8 +150,8 @@ def test_many_labels_give_no_more_false_alarms():
 def test_several_infected_labels_do_not_hide_each_other():
     one = made_up(np.random.default_rng(3))
     for label in (2, 4, 7):
-        one["masks"][label] += 12.0
-        one["margin"][label] += 2.4
+        one["masks"][label] += 20.0
+        one["margin"][label] += 4.0
     whole = combine(one, reference())
     assert whole.target in (2, 4, 7)
     assert whole.pvalue < 0.05
@@ -156,5 +191,5 @@ def test_clean_nets_of_the_package():
     nets = clean_nets()
     assert len(nets) >= 20
     for net in nets:
-        assert set(net.scores) == {"neural-cleanse", "additive-inversion", *COMBINED}
+        assert set(net.scores) == {MASKS, CONCENTRATION, "additive-inversion", *COMBINED}
         assert len({len(values) for values in net.scores.values()}) == 1
