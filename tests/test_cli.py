@@ -178,3 +178,24 @@ def test_killed_scan_goes_on_where_it_stopped(tmp_path):
     assert first.stable() == second.stable()
     assert second.run.image_gradients < first.run.image_gradients
     assert not list((tmp_path / "cache").rglob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [
+        ([], ()),
+        (["--source-specific"], ("source-specific",)),
+        (["--evidence", "mm-bd, k-arm", "--source-specific"], ("mm-bd", "k-arm", "source-specific")),
+        (["--evidence", "all", "--source-specific"], ("all",)),
+    ],
+)
+def test_evidence_that_is_asked_for_reaches_the_scan(monkeypatch, flags, asked):
+    told = []
+
+    def scan(*_, options, **__):
+        told.append(options.evidence)
+        raise SettingError("far enough")
+
+    monkeypatch.setattr("bezoar.api.scan", scan)
+    assert run("scan", MODEL, "--data", DATA, *flags) == 2
+    assert told == [asked]

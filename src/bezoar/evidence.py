@@ -19,8 +19,6 @@ from bezoar.session import Session
 _SHOWN = 10
 #: Scorers that a combined verdict asks: those that tell nets apart in benchmarks/scorers.py at no great cost.
 COMBINED = ("mm-bd", "k-arm", "abs-stimulation")
-
-
 #: The search whose masks tell where a trigger lies, and the name of that as a source.
 MASKS, CONCENTRATION = "neural-cleanse", "mask-concentration"
 
@@ -81,8 +79,8 @@ def combination(
         alone: Verdict of the searches by their own rule.
     """
     fpr = session.options.fpr
-    complete = [scan for scan in searches.values() if any(seed.finished for seed in scan.seeds)]
-    if fpr is None or len(complete) < len(searches) or session.clean.num_classes < RatioRule.least_labels:
+    complete = all(any(seed.finished for seed in scan.seeds) for scan in searches.values())
+    if fpr is None or not complete or session.clean.num_classes < RatioRule.least_labels:
         return None
     scores = {name: label_scores(scan) for name, scan in searches.items()} | gathered.scores
     if MASKS in searches:

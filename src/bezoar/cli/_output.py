@@ -121,6 +121,11 @@ def seconds(text: str, flag: str = "--budget") -> float | None:
     return float(found[1]) * _UNITS[found[2]]
 
 
+def name_list(text: str) -> tuple[str, ...]:
+    """``mm-bd, k-arm`` as names."""
+    return tuple(filter(None, text.replace(" ", "").split(",")))
+
+
 def label_list(text: str) -> tuple[int, ...]:
     """``3,7,10-14`` as labels."""
     labels: set[int] = set()

@@ -127,7 +127,7 @@ def scan(
     if json and sarif:
         raise SettingError("--json and --sarif exclude each other", "Use --out DIR to get both as files")
     _output.check_folder(out)
-    asked = tuple(filter(None, evidence.replace(" ", "").split(",")))
+    asked = _output.name_list(evidence)
     if source_specific and not {"source-specific", "all"} & set(asked):
         asked = (*asked, "source-specific")
     settings = {"seeds": seeds, "labels": _output.label_list(labels)} | ({} if mode == "fast" else {"mode": mode})
@@ -138,7 +138,7 @@ def scan(
             data,
             method=method,
             model_options=model_flags.make(),
-            options=flags.make(budget, tuple(filter(None, evidence.replace(" ", "").split(","))), fpr, ray),
+            options=flags.make(budget, asked, fpr, ray),
             report=report,
         )
     saved = None if out is None else result.save(out)

@@ -104,7 +104,7 @@ def sweep(
     flags = _output.RunFlags(
         images=images, held_out=held_out, seed=seed, device=device, threads=threads, additive=additive
     )
-    options = flags.make(budget, tuple(filter(None, evidence.replace(" ", "").split(","))), fpr)
+    options = flags.make(budget, _output.name_list(evidence), fpr)
     seconds = _output.seconds(limit, "--limit")
     from bezoar.apart import Limits
     from bezoar.core.cluster import check_address

@@ -12,7 +12,7 @@ from bezoar.core.filtering import Filter, Suspicion
 from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.ops.fresh import fresh
-from bezoar.ops.isolation import Floor, isolate, whole_part
+from bezoar.ops.isolation import Floor, isolate, lowest, whole_part
 from bezoar.ops.losses import Curves
 from bezoar.ops.normalisation import optimizer_from_scratch
 from bezoar.ops.recipe import Recipe
@@ -94,8 +94,7 @@ class ABLIsolation(Filter):
             until_floor=self.until_floor,
         )
         losses = torch.nan_to_num(curves.table[done].double(), nan=_WORST, posinf=_WORST).clamp(max=_WORST)
-        suspect = torch.zeros(len(losses), dtype=torch.bool)
-        suspect[losses.argsort(stable=True)[:count]] = True
+        suspect = lowest(losses, count)
         return Suspicion(
             -losses,
             suspect,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from bezoar.core.examples import ExampleSource
@@ -12,7 +11,7 @@ from bezoar.core.filtering import Filter, Suspicion
 from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.ops.consistency import consistency
-from bezoar.ops.isolation import whole_part
+from bezoar.ops.isolation import lowest, whole_part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +57,7 @@ class FeatureConsistency(Filter):
         if bool(broken.any()):
             run.warnings.append(f"{int(broken.sum())} examples have features that are not finite; their score is 0")
             moved = moved.masked_fill(broken, 0.0)
-        suspect = torch.zeros(len(moved), dtype=torch.bool)
-        suspect[moved.argsort(descending=True, stable=True)[: whole_part(self.rate, len(moved))]] = True
+        suspect = lowest(-moved, whole_part(self.rate, len(moved)))
         means = {
             label: float(moved[examples.labels == label].mean())
             for label in range(examples.num_classes)

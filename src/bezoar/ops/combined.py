@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.nn.functional import avg_pool2d
 
-from bezoar.core.evidence import LabelScan, Scan, Scores
+from bezoar.core.evidence import LabelScan, Scan, Scores, SeedScan
 from bezoar.core.scored import Verdict
 from bezoar.core.trigger import MaskedTrigger
 from bezoar.ops.stats import log_ratios
@@ -50,18 +49,17 @@ def label_scores(scan: Scan) -> Scores:
         The natural logarithm of the median size of the other reference labels over the label's own size; at most 0
         where the trigger never worked.
     """
-    each: dict[int, list[float]] = {}
-    for seed in scan.seeds:
-        for label, found in seed.labels.items():
-            others = [one.size for other, one in seed.labels.items() if one.reference and other != label]
-            smaller = math.log(max(1e-9, float(np.median(others or [found.size]))) / max(1e-9, found.size))
-            each.setdefault(label, []).append(min(smaller, 0.0) if found.status == "failed" else smaller)
-    labels = {label: float(np.median(values)) for label, values in sorted(each.items())}
-    return Scores(
-        labels=labels,
-        model=max(labels.values()),
-        meaning="how many times smaller the label's trigger is than the usual one, as a natural logarithm",
+    return _over_seeds(
+        scan, _smaller, "how many times smaller the label's trigger is than the usual one, as a natural logarithm"
     )
+
+
+def _smaller(seed: SeedScan) -> dict[int, float]:
+    out = {}
+    for label, found in seed.labels.items():
+        others = [one.size for other, one in seed.labels.items() if one.reference and other != label]
+        out[label] = math.log(max(1e-9, float(np.median(others or [found.size]))) / max(1e-9, found.size))
+    return out
 
 
 def concentration(scan: Scan) -> Scores:
@@ -77,18 +75,24 @@ def concentration(scan: Scan) -> Scores:
         The natural logarithm of the largest share of the mask that any window of about a fifth of the image's side
         holds, over the median of that share of the other labels; at most 0 where the trigger never worked.
     """
+    return _over_seeds(
+        scan, _denser, "how much more of the label's mask lies in one small window than usual, as a natural logarithm"
+    )
+
+
+def _denser(seed: SeedScan) -> dict[int, float]:
+    ratios = log_ratios([_densest(found) for found in seed.labels.values()])
+    return dict(zip(seed.labels, ratios.tolist(), strict=True))
+
+
+def _over_seeds(scan: Scan, of_seed: Callable[[SeedScan], dict[int, float]], meaning: str) -> Scores:
+    """Medians over the seeds; a trigger that never worked is no sign of a backdoor, however it looks."""
     each: dict[int, list[float]] = {}
     for seed in scan.seeds:
-        shares = {label: _densest(found) for label, found in seed.labels.items()}
-        for label, ratio in zip(shares, log_ratios(list(shares.values())).tolist(), strict=True):
-            failed = seed.labels[label].status == "failed"
-            each.setdefault(label, []).append(min(ratio, 0.0) if failed else ratio)
+        for label, value in of_seed(seed).items():
+            each.setdefault(label, []).append(min(value, 0.0) if seed.labels[label].status == "failed" else value)
     labels = {label: float(np.median(values)) for label, values in sorted(each.items())}
-    return Scores(
-        labels=labels,
-        model=max(labels.values()),
-        meaning="how much more of the label's mask lies in one small window than usual, as a natural logarithm",
-    )
+    return Scores(labels=labels, model=max(labels.values()), meaning=meaning)
 
 
 def _densest(found: LabelScan) -> float:
@@ -181,11 +185,7 @@ class Combined:
 @cache
 def clean_nets() -> tuple[CleanNet, ...]:
     """The clean nets that come with the package; ``benchmarks/combine.py --fit`` writes them."""
-    return read_clean_nets(json.loads(resources.files("bezoar.ops").joinpath(_FILE).read_text(encoding="utf-8")))
-
-
-def read_clean_nets(raw: Mapping[str, Any]) -> tuple[CleanNet, ...]:
-    """Clean nets from their JSON."""
+    raw = json.loads(clean_nets_file().read_text(encoding="utf-8"))
     return tuple(CleanNet(one["name"], {k: tuple(v) for k, v in one["scores"].items()}) for one in raw["nets"])
 
 

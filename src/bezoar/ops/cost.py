@@ -32,6 +32,17 @@ class CostController:
     stall_patience: int = 25
     stall_ratio: float = 1.0
 
+    @classmethod
+    def quick(cls, pressure: float, whole: float, reach: float) -> CostController:
+        """Of our own short searches, which begin with a weight and change it by smaller steps.
+
+        Args:
+            pressure: First weight of the size, as a share of the whole image.
+            whole: Size of a trigger that takes the whole image.
+            reach: Success rate that counts as a success, in (0, 1].
+        """
+        return cls(init_cost=pressure / whole, patience=5, multiplier=1.5, reach=reach, from_zero=False)
+
     def start(self, count: int) -> dict[str, Tensor]:
         """State of ``count`` labels before the first decision."""
         whole, flag = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)

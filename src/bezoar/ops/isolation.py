@@ -137,6 +137,13 @@ def whole_part(rate: float, count: int) -> int:
     return floor(Fraction(repr(rate)) * count)
 
 
+def lowest(values: Tensor, count: int) -> Tensor:
+    """``(N,)`` bool: the ``count`` lowest of ``(N,)`` values, of equal ones the first."""
+    chosen = torch.zeros(len(values), dtype=torch.bool)
+    chosen[values.argsort(stable=True)[:count]] = True
+    return chosen
+
+
 def isolated_count(rate: float, count: int) -> int:
     """How many examples a share is, see :func:`whole_part`, where it is any.
 

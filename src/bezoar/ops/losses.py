@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +18,24 @@ from bezoar.ops.augment import as_float
 
 #: Images of one forward pass without gradients.
 _CHUNK = 256
+_CROSS_ENTROPY = partial(F.cross_entropy, reduction="none")
 
 
 def losses_of(
-    model: nn.Module, examples: ExampleSource, run: Run, told: Callable[[int, int], None] | None = None
+    model: nn.Module,
+    examples: ExampleSource,
+    run: Run,
+    told: Callable[[int, int], None] | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] = _CROSS_ENTROPY,
 ) -> Tensor:
-    """``(N,)`` float32 cross-entropy of each example, in eval mode and without augmentation; the model stays as it is.
+    """``(N,)`` float32 loss of each example, in eval mode and without augmentation; the model stays as it is.
 
     Args:
         model: To be asked.
         examples: Read a few at a time.
         run: Device and time.
         told: Told of examples done and in all.
+        loss: ``(B,)`` of ``(B, K)`` logits and ``(B,)`` labels; the cross-entropy by default.
     """
     labels = examples.labels
     losses = torch.empty(len(labels))
@@ -36,7 +43,7 @@ def losses_of(
         for rows in torch.split(torch.arange(len(labels)), _CHUNK):
             run.check()
             out = logits(model, as_float(examples.take(rows)).to(run.device))
-            losses[rows] = F.cross_entropy(out.float(), labels[rows].to(run.device), reduction="none").cpu()
+            losses[rows] = loss(out.float(), labels[rows].to(run.device)).cpu()
             if told is not None:
                 told(int(rows[-1]) + 1, len(labels))
     return losses

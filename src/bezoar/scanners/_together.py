@@ -160,9 +160,7 @@ class Together(Scanner):
         _, height, width = clean.shape
         # The weight is per pixel of a mask; a root mean square is a share of the whole already.
         whole = height * width if self.unit == "px" else 1
-        return CostController(
-            init_cost=self.pressure / whole, patience=5, multiplier=1.5, reach=self.reach, from_zero=False
-        )
+        return CostController.quick(self.pressure, whole, self.reach)
 
     def settings(self, clean: Clean) -> InversionSettings:
         """Optimiser and batches of a search."""

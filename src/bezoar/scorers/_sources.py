@@ -76,15 +76,14 @@ class SourceSearch:
         (self.cost["cost"].to(size) * size).sum().backward()  # type: ignore[no-untyped-call]
         index = torch.stack([self._images(row) for row in range(len(self.targets))])
         rate = torch.cat([self._chunk(rows, index[rows]) for rows in self._chunks(self.batch)])
-        measured = {name: value.detach().clone() for name, value in self.parameters.items()}
-        self._adam.step()
         self.run.image_gradients += index.numel()
         self.success = rate if self.steps == 0 else _PAST * self.success + (1 - _PAST) * rate
         self.current = size.detach().cpu().double()
         improved, _ = self.controller.decide(self.cost, self.success, self.current)
         rows = torch.nonzero(improved).flatten().to(self.run.device)
-        for name, value in measured.items():
-            self.best[name][rows] = value[rows]
+        for name, value in self.parameters.items():
+            self.best[name][rows] = value.detach()[rows]
+        self._adam.step()  # last: the decision is about the triggers that were measured
         self.steps += 1
 
     @torch.no_grad()

@@ -144,9 +144,7 @@ class KArm(Scorer):
         return [Aim(label) for label in sorted(labels)] + found
 
     def _arm(self, model: nn.Module, x: Tensor, aim: Aim, y: Tensor, clean: Clean, run: Run) -> Arm:
-        controller = CostController(
-            init_cost=self.pressure / whole(clean), patience=5, multiplier=1.5, reach=self.reach, from_zero=False
-        )
+        controller = CostController.quick(self.pressure, whole(clean), self.reach)
         space = MaskedSpace(clean.shape, start_mask=0.12)
         return Arm(aim, model, x[aim.of(y)], space, controller, self.lr, self.batch, run)
 

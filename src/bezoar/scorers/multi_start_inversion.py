@@ -60,9 +60,7 @@ class MultiStartInversion(Scorer):
         require_independent_rows(model, clean.x[:4].to(run.device))
         _, height, width = clean.shape
         whole = height * width
-        controller = CostController(
-            init_cost=_PRESSURE / whole, patience=5, multiplier=1.5, reach=self.reach, from_zero=False
-        )
+        controller = CostController.quick(_PRESSURE, whole, self.reach)
         settings = InversionSettings(batch=self.batch, lr=self.lr)
         sizes, triggers = [float(whole)] * clean.num_classes, dict[int, InvertedTrigger]()
         for label in range(clean.num_classes):

@@ -143,13 +143,7 @@ class _Work:
         self.all_pairs = sum(count - int(self.present[t]) for t in self.targets) * settings.steps * settings.batch
 
     def _search(self, targets: list[int], sources: Tensor, batch: int, key: str) -> SourceSearch:
-        controller = CostController(
-            init_cost=self.settings.pressure / self.whole,
-            patience=5,
-            multiplier=1.5,
-            reach=self.settings.reach,
-            from_zero=False,
-        )
+        controller = CostController.quick(self.settings.pressure, self.whole, self.settings.reach)
         return SourceSearch(
             self.model,
             self.x,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,11 +15,10 @@ from bezoar.core.errors import DataError
 from bezoar.core.examples import ExampleSource
 from bezoar.core.method import Clean
 from bezoar.core.run import Run
-from bezoar.core.surgery import frozen, logits
 from bezoar.core.training import Trained
-from bezoar.ops.augment import as_float
 from bezoar.ops.fit import fit, tell
-from bezoar.ops.isolation import whole_part
+from bezoar.ops.isolation import lowest, whole_part
+from bezoar.ops.losses import losses_of
 from bezoar.ops.normalisation import optimizer_from_scratch
 from bezoar.ops.recipe import Recipe
 from bezoar.trainers._mixmatch import MixMatch
@@ -31,7 +31,6 @@ from bezoar.trainers._two_stage import (
     symmetric_cross_entropy,
 )
 
-_CHUNK = 256
 #: Fewest epochs of features below which a warning says so: a tenth of the authors'.
 _FEW = 100
 
@@ -176,13 +175,6 @@ class DBD(Settings):
 
     def _credible(self, model: nn.Module, examples: ExampleSource, run: Run) -> Tensor:
         """``(N,)`` bool: the share of the lowest symmetric cross-entropy, without augmentation."""
-        labels, losses = examples.labels, torch.empty(len(examples.labels))
-        with frozen(model), torch.no_grad():
-            for rows in torch.split(torch.arange(len(labels)), _CHUNK):
-                run.check()
-                out = logits(model, as_float(examples.take(rows)).to(run.device)).float()
-                y = labels[rows].to(run.device)
-                losses[rows] = symmetric_cross_entropy(out, y, self.cross_entropy, self.reverse).cpu()
-        chosen = torch.zeros(len(labels), dtype=torch.bool)
-        chosen[losses.argsort(stable=True)[: whole_part(self.credible, len(labels))]] = True
-        return chosen
+        symmetric = partial(symmetric_cross_entropy, alpha=self.cross_entropy, beta=self.reverse)
+        losses = losses_of(model, examples, run, loss=symmetric)
+        return lowest(losses, whole_part(self.credible, len(losses)))
