@@ -5,6 +5,9 @@
     python benchmarks/abl.py --only blend,sig --trainers plain,filtered --images 15000
     python benchmarks/abl.py --table
 
+``clean-data`` is no defence but what the others are held against: the same training on the data before they were
+poisoned. Its ASR is what the trigger does to a net that never saw it.
+
 The defender holds 250 test images, as many of each label, for the trainers that need clean examples; nothing is
 measured on them, whatever the trainer.
 
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ from bezoar.core.fields import fields_from
 from bezoar.core.method import Clean
 from bezoar.core.registry import find
 from bezoar.core.run import Run
+from bezoar.core.training import Trained, Trainer
 from bezoar.evaluation.measures import measure
 from bezoar.evaluation.splits import Splits, read_splits
 from bezoar.io.data import choose
@@ -45,6 +50,7 @@ CLEAN = 250
 #: Equal passes over the data with the rest of the recipe the same; isolation comes on top, for ``filtered`` the first
 #: training.
 SETTINGS = {
+    "clean-data": ("epochs=10", "pad=2"),
     "plain": ("epochs=10", "pad=2"),
     "abl": ("epochs=10", "pad=2", "schedule=onecycle"),
     "filtered": ("epochs=10", "pad=2"),
@@ -95,15 +101,24 @@ def folder_of(key: dict[str, Any]) -> Path:
     return OUT / "_".join(map(str, key.values())).replace(" ", "_").replace("/", "-")[:150]
 
 
+@cache
+def _on_clean_data(trainer: Trainer, splits: Splits, run_seed: int, device: torch.device) -> Trained:
+    return trainer(network, splits.train, Run(seed=run_seed, device=device), None, None)
+
+
 def run_one(key: dict[str, Any], splits: Splits, device: torch.device) -> dict[str, Any]:
     """One training; its line."""
     data, poison, truth = poisoned(key["attack"], splits, key["seed"], device)
-    kind = find("trainers", key["trainer"])
-    trainer = kind(**fields_from(kind, key["trainer"], "--set", tuple(key["settings"].split())))
+    name = "plain" if key["trainer"] == "clean-data" else key["trainer"]
+    kind = find("trainers", name)
+    trainer = kind(**fields_from(kind, name, "--set", tuple(key["settings"].split())))
     folder = folder_of(key)
     run, start = Run(seed=key["seed"], device=device), time.perf_counter()
     clean, left = held(splits)
-    found = trainer(network, data, run, folder, clean)
+    if key["trainer"] == "clean-data":
+        found, poison = _on_clean_data(trainer, splits, key["seed"], device), torch.zeros_like(poison)
+    else:
+        found = trainer(network, data, run, folder, clean)
     seconds = time.perf_counter() - start
     known = truth if isinstance(truth, GroundTruth) else None
     measured = measure(found.model, splits.test.x[left], splits.test.y[left], known)
@@ -139,6 +154,8 @@ def run_one(key: dict[str, Any], splits: Splits, device: torch.device) -> dict[s
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table, one line a run."""
+    order = {name: number for number, name in enumerate(SETTINGS)}
+    rows = sorted(rows, key=lambda row: (ATTACKS.index(row["attack"]), row["seed"], order[row["trainer"]]))
     lines = [
         "| attack | trainer | seed | ACC | ASR | isolation precision | poison isolated | unlearned |",
         "|---|---|---|---|---|---|---|---|",
@@ -160,7 +177,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", default="", help="attacks to run, comma-separated")
-    parser.add_argument("--trainers", default="plain,abl,filtered,d-st,dbd", help="comma-separated")
+    parser.add_argument("--trainers", default="clean-data,plain,abl,filtered,d-st,dbd", help="comma-separated")
     parser.add_argument("--set", action="append", default=[], help="a further setting, for all trainers that are run")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--images", type=int, default=None, help="most training images; all by default")

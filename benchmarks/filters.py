@@ -4,7 +4,8 @@
     python benchmarks/filters.py --only badnets --filters scan,spectre --retrain
     python benchmarks/filters.py --table
 
-Each row is one line of ``benchmarks/results/filters.jsonl``; a killed run goes on where it was. Each filter runs in a
+Each row is one line of ``benchmarks/results/filters.jsonl``; a killed run goes on where it was, and ``--retrain`` does
+the rows again that lack what came of it. Each filter runs in a
 process of its own, so that its peak memory is its own. The clean examples that some filters need are test images;
 where ``--retrain`` trains on what a filter leaves, ACC and ASR are measured on the others.
 """
@@ -55,8 +56,8 @@ VICTIMS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def read() -> list[dict[str, Any]]:
-    """All lines so far."""
-    return jsonl.read(RESULTS)
+    """The last line of each victim and filter."""
+    return list({(row["victim"], row["filter"]): row for row in jsonl.read(RESULTS)}.values())
 
 
 def poisoned_set(victim: str, splits: Splits) -> tuple[Examples, Tensor]:
@@ -177,7 +178,8 @@ def main() -> None:
         for name in methods("filters"):
             if (only and attack not in only) or (chosen and name not in chosen):
                 continue
-            if any((row["victim"], row["filter"]) == (victim, name) for row in read()):
+            there = [row for row in read() if (row["victim"], row["filter"]) == (victim, name)]
+            if there and ("acc_after" in there[0] or not arguments.retrain):
                 continue
             process = multiprocessing.get_context("spawn").Process(
                 target=_child, args=(victim, name, arguments.retrain, arguments.threads)

@@ -198,7 +198,7 @@ def main() -> None:
         "ATTACKS": attacks.table(attacks.read()),
         "CONSISTENT": _consistent(),
         "REFOOL": _refool(),
-        "TRAIN": abl.table(sorted(abl.read(), key=lambda r: (abl.ATTACKS.index(r["attack"]), r["trainer"] != "plain"))),
+        "TRAIN": abl.table(abl.read()),
         "GUARDS": guard.table(guard.read()),
         "FILTERS": filters.table(sorted(filters.read(), key=lambda r: (r["victim"], r["filter"]))),
         "SET": _printed(victim_set.show),

@@ -104,7 +104,7 @@ class _Work:
 
     def spread(self, cells: dict[str, Cell], pool: Executor, *, repeat: bool, again: bool) -> None:
         """Cells as pieces; each writes its result itself, as side by side processes do."""
-        left = [key for key in cells if not self._done(key, repeat, again)]
+        left = list(self._left(cells, repeat, again))
         device = device_named(self.device).type
         silent = dataclasses.replace(self, report=None, last=math.inf, device=device, threads=self.threads or 1)
         with closing(pool.map(_measure, (silent, repeat, again), left)) as results:
@@ -115,12 +115,11 @@ class _Work:
                     self.outcome()
 
     def run(self, cells: dict[str, Cell], *, repeat: bool, again: bool) -> None:
-        for number, (key, cell) in enumerate(cells.items()):
+        left = self._left(cells, repeat, again)  # those that are there already do not count in the ETA
+        for number, (key, cell) in enumerate(left.items(), len(cells) - len(left)):
             if self.report is not None:
                 note = f"{cell.purifier.name} on {cell.victim.name}, {cell.images} images"
                 self.report("bench", number, len(cells), note)
-            if self._done(key, repeat, again):
-                continue
             with self.store.claim(key) as mine:
                 if not mine or self._done(key, repeat, again):
                     continue  # another process is at it, or was quicker
@@ -135,6 +134,9 @@ class _Work:
                 self.outcome()
         if self.report is not None:
             self.report("bench", len(cells), len(cells), "done")
+
+    def _left(self, cells: dict[str, Cell], repeat: bool, again: bool) -> dict[str, Cell]:
+        return {key: cell for key, cell in cells.items() if not self._done(key, repeat, again)}
 
     def _done(self, key: str, repeat: bool, again: bool) -> bool:
         found = self.store.read(key)
