@@ -53,7 +53,7 @@ SETTINGS = {
     "clean-data": ("epochs=10", "pad=2"),
     "plain": ("epochs=10", "pad=2"),
     "abl": ("epochs=10", "pad=2", "schedule=onecycle"),
-    "filtered": ("epochs=10", "pad=2"),
+    "filtered": ("epochs=10", "pad=2", "filter=union"),
     # Far fewer epochs than their authors take, so that a core does them in some minutes: no measure of their accuracy.
     "d-st": ("epochs=20", "pad=2", "batch=128"),
     "dbd": ("epochs=20", "semi_epochs=10", "pad=2", "batch=128"),
@@ -79,7 +79,7 @@ def poisoned(name: str, splits: Splits, seed: int, device: torch.device) -> tupl
         return splits.train, torch.zeros(count, dtype=torch.bool), None
     # A helper network of the attack, where it needs one.
     helper = Training(
-        network, Recipe(epochs=6, lr=0.1), Run(seed=seed, device=device), OUT / "helpers" / f"{name}-{seed}"
+        network, Recipe(epochs=6, lr=0.1), Run(seed=seed, device=device), OUT / "helpers" / f"{name}-{count}-{seed}"
     )
     found = find("attacks", name)(seed=seed).poison(splits.train, helper)
     mask = torch.zeros(count, dtype=torch.bool)

@@ -370,7 +370,7 @@ def test_command_guards_a_model_for_real_images(tmp_path, capsys):
     out, common = tmp_path / "guard", ["--arch", "nc-mnist", "--threads", "1"]
     code = run(
         *("guard", DEMO / "model.safetensors", "--data", DEMO / "clean.npz", "--out", out, *common),
-        *("--set", "images=20", "--fpr", "0.1", "--onnx", "--program"),
+        *("--method", "strip", "--set", "images=20", "--fpr", "0.1", "--onnx", "--program"),
     )
     shown = capsys.readouterr().out
     assert code == 0
@@ -401,6 +401,6 @@ def test_command_prints_json_and_explains_mistakes(tmp_path, capsys):
     assert (report.guard.method, report.guard.safe_label) == ("scale-up", 0)
     assert run("guard", *common, "--fpr", "0.0001", "--out", tmp_path / "b") == 2
     assert "held-out clean images" in capsys.readouterr().err
-    assert run("guard", *common, "--set", "image=3", "--out", tmp_path / "b") == 2
+    assert run("guard", *common, "--method", "strip", "--set", "image=3", "--out", tmp_path / "b") == 2
     assert "images" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()

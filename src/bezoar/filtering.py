@@ -326,7 +326,7 @@ def _of_data(examples: UntrustedData) -> tuple[str, ...]:
 
 
 def _verdict(found: Suspicion) -> Verdict:
-    if found.flagged is None:
+    if not found.decides and not found.flagged:
         return "inconclusive"
     return "backdoored" if found.flagged else "clean"
 

@@ -113,7 +113,7 @@ def guard(
     model: str | Path | nn.Module,
     data: Any,
     *,
-    method: Guard | str = "strip",
+    method: Guard | str = "mahalanobis",
     fpr: float = 0.05,
     scanner: Scanner | str | None = None,
     found: Result | None = None,
@@ -301,7 +301,7 @@ def _triggers(
     if label is None and found.target is None and found.verdict == "clean":
         raise SettingError(
             f"the scan found no backdoor, so there is no trigger that {type(method).__name__} could watch for",
-            "Use --label N for the trigger of a label all the same, or a guard that needs none, such as strip",
+            "Use --label N for the trigger of a label all the same, or a guard that needs none, such as mahalanobis",
         )
     triggers, _ = _triggers_to_unlearn(found, label)
     if label is None and found.target is None:

@@ -14,15 +14,17 @@ from scipy.cluster.vq import kmeans2
 from scipy.linalg import expm, sqrtm
 from scipy.stats import ortho_group
 
-from bezoar.core.errors import SettingError
+from bezoar.core.errors import DataError, SettingError
 from bezoar.core.run import Run
 from bezoar.filters._classes import principal, stands_out, two_means
 from bezoar.filters.activation_clustering import ActivationClustering, margin, silhouette
 from bezoar.filters.beatrix import Beatrix, Bounds, deviation, gram, two_sample
+from bezoar.filters.clean_distance import CleanDistance
 from bezoar.filters.scan import SCAn, decompose, untangle
 from bezoar.filters.spectral_signatures import SpectralSignatures, largest, spectral_scores
 from bezoar.filters.spectre import SPECTRE, _fourth_moment, components_tried, que, robust_rows, whitened
-from tests.filters.planted import features, judged
+from bezoar.filters.union import Union
+from tests.filters.planted import CLASSES, WIDTH, clean_of, features, handing, judged, source
 
 
 def rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -410,3 +412,90 @@ def test_labels_without_clean_examples_are_named():
     run = Run()
     Beatrix()(handing(), source(x, y), run, clean_of(known[labels != 1], labels[labels != 1]))
     assert any("fewer than 2 clean examples" in warning and "[1]" in warning for warning in run.warnings)
+
+
+def test_clean_distance_is_the_mahalanobis_distance_over_what_clean_examples_exceed():
+    x, y, bad = features(300, poison=0.1)
+    made = CleanDistance(false_alarms=0.05, shrinkage=0.3)
+    found = judged(made, x, y)
+    known, labels, _ = (value.numpy() for value in features(40 * CLASSES, seed=77))
+
+    def distances(of: np.ndarray, of_labels: np.ndarray, fitted: np.ndarray) -> np.ndarray:
+        chosen, own = known[fitted].astype(float), labels[fitted]
+        mean = np.stack([chosen[own == k].mean(0) for k in range(CLASSES)])
+        off = chosen - mean[own]
+        covariance = off.T @ off / len(off)
+        covariance += 0.3 * np.trace(covariance) / WIDTH * np.eye(WIDTH)
+        away = of.astype(float) - mean[of_labels]
+        return np.einsum("ni,ij,nj->n", away, np.linalg.inv(covariance), away) / WIDTH
+
+    # A fifth of each label in turn, held against the rest.
+    place = np.arange(len(labels)) // CLASSES
+    turn = (labels * (len(labels) // CLASSES) + place) % 5
+    own = np.empty(len(labels))
+    for part in range(5):
+        rows = turn == part
+        own[rows] = distances(known[rows], labels[rows], ~rows)
+    limit = np.sort(own)[int(0.95 * len(own))]
+    np.testing.assert_allclose(found.score, distances(x.numpy(), y.numpy(), np.ones(len(labels), bool)) / limit, 1e-3)
+    assert torch.equal(found.suspect, found.score > 1)
+    assert bool(found.suspect[bad].all())
+
+
+def test_clean_distance_sees_a_single_poisoned_example():
+    x, y, _ = features(300)
+    x[2] += 0.4 * torch.nn.functional.one_hot(torch.tensor(7), WIDTH)
+    found = judged(CleanDistance(), x, y)
+    assert int(found.score.argmax()) == 2
+    assert bool(found.suspect[2])
+    assert float(found.suspect.double().mean()) < 0.05
+    assert found.flagged is None
+
+
+def test_clean_distance_leaves_labels_without_clean_examples_alone():
+    x, y, _ = features(100)
+    known, labels, _ = features(200, seed=77)
+    run = Run()
+    found = CleanDistance()(handing(), source(x, y), run, clean_of(known[labels != 1], labels[labels != 1]))
+    assert bool((found.score[y == 1] == 0).all())
+    assert any("without a clean example" in warning and "[1]" in warning for warning in run.warnings)
+    with pytest.raises(DataError, match="at least 2"):
+        CleanDistance()(handing(), source(x, y), Run(), clean_of(known[:1], labels[:1]))
+
+
+@pytest.mark.parametrize("bad", [{"false_alarms": 0.0}, {"false_alarms": 1.0}, {"shrinkage": 0.0}])
+def test_clean_distance_refuses_settings(bad):
+    with pytest.raises(SettingError, match=next(iter(bad))):
+        CleanDistance(**bad)
+
+
+def test_union_takes_out_what_any_of_its_filters_would():
+    x, y, bad = features(600, poison=0.1)
+    x[1] += 0.4 * torch.nn.functional.one_hot(torch.tensor(3), WIDTH)  # alone in its label, so no crowd
+    scan, distance = judged(SCAn(), x, y), judged(CleanDistance(), x, y)
+    run = Run()
+    found = judged(Union(), x, y, run=run)
+    crowd = scan.suspect & torch.isin(y, torch.tensor(scan.flagged))
+    assert bool(crowd[bad].all())
+    assert not crowd[1]
+    assert torch.equal(found.suspect, crowd | distance.suspect)
+    assert bool(found.suspect[1])
+    assert (found.flagged, found.confined, found.decides) == (scan.flagged, False, False)
+    assert found.statistic == scan.statistic
+    lower = torch.stack([(one.score[None] < one.score[:, None]).double().mean(1) for one in (scan, distance)]).amax(0)
+    torch.testing.assert_close(found.score, crowd.double() + distance.suspect.double() + lower)
+    assert run.notes["filters"]["clean-distance"]["taken_out"] == int(distance.suspect.sum())
+
+
+def test_union_of_filters_that_decide_decides():
+    x, y, _ = features(300)
+    found = judged(Union(filters=("scan", "beatrix")), x, y)
+    assert (found.flagged, found.decides) == ((), True)
+    assert Union(filters=("spectre", "spectral-signatures")).needs_clean is False
+    assert Union(filters=("spectre", "beatrix")).needs_clean is True
+
+
+@pytest.mark.parametrize("names", [("scan",), ("scan", "scan"), ("scan", "union"), ("scan", "scann")])
+def test_union_refuses_names(names):
+    with pytest.raises(SettingError):
+        Union(filters=names)

@@ -19,6 +19,7 @@ from bezoar.core.registry import methods
 from bezoar.core.run import Run
 from bezoar.core.trigger import AdditiveTrigger, MaskedTrigger
 from bezoar.guards.activation_filter import ActivationFilter
+from bezoar.guards.mahalanobis import Mahalanobis
 from bezoar.guards.scale_up import ScaleUp
 from bezoar.guards.strip import STRIP
 from bezoar.ops.head import find_head
@@ -187,7 +188,60 @@ def test_activation_filter_watches_one_percent(width, count):
     assert ActivationFilter().count(width) == count
 
 
-@pytest.mark.parametrize(("made", "caught"), [(ActivationFilter(), 0.95), (STRIP(superimpose="blend"), 0.8)], ids=str)
+def hidden(width: int = 7) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
+    with torch.no_grad():  # so that it answers all labels
+        model[3].bias -= model(grey(60).x).mean(0)
+    return model
+
+
+@pytest.mark.parametrize("count", [90, 9], ids=["more images than features", "fewer"])
+def test_mahalanobis_is_the_distance_to_the_mean_of_the_answered_label(count):
+    model, clean = hidden(), grey(count)
+    fitted = Mahalanobis(shrinkage=0.2)(model, clean, Run())
+    weight, bias = (p.detach().double().numpy() for p in model[1].parameters())
+
+    def seen(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        features = np.maximum(x.double().numpy().reshape(len(x), -1) @ weight.T + bias, 0)
+        return features, model(x).argmax(1).numpy()
+
+    features, label = seen(clean.x)
+    mean = np.stack([features[label == k].mean(0) if (label == k).any() else features.mean(0) for k in range(3)])
+    off = features - mean[label]
+    covariance = off.T @ off / len(off)
+    covariance += 0.2 * np.trace(covariance) / 7 * np.eye(7)
+    features, label = seen(clean.held_x)
+    off = features - mean[label]
+    expected = np.einsum("ni,ij,nj->n", off, np.linalg.inv(covariance), off) / 7
+    np.testing.assert_allclose(fitted.score(clean.held_x), expected, rtol=1e-4)
+
+
+def test_mahalanobis_of_labels_that_no_clean_image_gets_and_of_one_image_each():
+    model, clean, run = hidden(), grey(60), Run()
+    with torch.no_grad():
+        model[3].bias[2] = -100.0
+    fitted = Mahalanobis()(model, clean, run)
+    assert "[2]" in run.warnings[0]
+    torch.testing.assert_close(fitted.state["mean"][2], model[:3](clean.x).mean(0))
+    _, first = np.unique(model(clean.x).argmax(1).numpy(), return_index=True)
+    single = Clean(clean.x[first], clean.y[first], clean.held_x, clean.held_y, 3)
+    held = Mahalanobis()(model, single, Run()).held
+    assert torch.isfinite(held).all()
+    assert held.unique().numel() > 1
+
+
+def test_mahalanobis_refuses_features_that_are_not_finite():
+    model = hidden()
+    with torch.no_grad():
+        model[1].bias[0] = math.nan
+    with pytest.raises(UnsupportedModel, match="not finite"):
+        Mahalanobis()(model, grey(60), Run())
+
+
+@pytest.mark.parametrize(
+    ("made", "caught"), [(ActivationFilter(), 0.95), (STRIP(superimpose="blend"), 0.8), (Mahalanobis(), 0.95)], ids=str
+)
 def test_toy_backdoor_is_flagged(made, caught):
     model, (x, y) = trained(backdoored=True), images(300, seed=8)
     fitted = made(model, toy(), Run(seed=1), {TARGET: trigger()} if made.needs_triggers else None)
@@ -209,6 +263,7 @@ def test_toy_backdoor_is_flagged(made, caught):
         (ScaleUp, {"floor": 0.0}),
         (ActivationFilter, {"share": 0.0}),
         (ActivationFilter, {"share": 1.1}),
+        (Mahalanobis, {"shrinkage": 0.0}),
     ],
 )
 def test_bad_setting_is_refused(kind, settings):

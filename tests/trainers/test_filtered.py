@@ -55,7 +55,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 @functools.cache
 def trained() -> tuple[Trained, Run]:
     run = Run(seed=1)
-    return Filtered(**QUICK)(build, toy(7)[0], run, clean=known()), run
+    return Filtered(**QUICK, filter="scan")(build, toy(7)[0], run, clean=known()), run
 
 
 class Judging:
@@ -128,7 +128,7 @@ def test_clean_set_is_plain_training_and_nothing_is_taken_out():
     run = Run(seed=1)
     phases = []
     run.progress.report = lambda phase, *_: phases.append(phase)
-    found = Filtered(**QUICK)(build, clean_set(), run, clean=known())
+    found = Filtered(**QUICK, filter="scan")(build, clean_set(), run, clean=known())
     assert same(found.model, Plain(**QUICK)(build, clean_set(), Run(seed=1)).model)
     assert len(found.suspects) == 0
     assert (run.notes["taken_out"], run.notes["flagged"], run.warnings) == (0, [], [])
@@ -162,6 +162,26 @@ def test_filter_without_a_rule_needs_no_clean_examples_and_says_so():
     assert run.notes["flagged"] is None
     assert "clean_accuracy" not in run.notes
     assert "takes examples out of a clean set too" in run.warnings[0]
+
+
+def test_default_takes_little_out_of_a_clean_set_and_says_so():
+    run = Run(seed=1)
+    found = Filtered(**QUICK)(build, clean_set(), run, clean=known())
+    assert 0 < len(found.suspects) < 0.05 * 900
+    assert run.notes["flagged"] == []
+    assert run.notes["filters"]["scan"] == {"taken_out": 0, "flagged": []}
+    assert run.notes["filters"]["clean-distance"] == {"taken_out": len(found.suspects), "flagged": None}
+    assert "takes examples out of a clean set too" in run.warnings[0]
+
+
+def test_default_takes_rare_poison_out_that_scan_does_not_see():
+    data, bad = toy(150)
+    assert int(bad.sum()) == 6
+    run = Run(seed=1)
+    found = Filtered(**{**QUICK, "epochs": 8})(build, data, run, clean=known())
+    assert run.notes["filters"]["scan"]["taken_out"] == 0
+    assert set(bad.nonzero().flatten().tolist()) <= set(found.suspects.tolist())
+    assert len(found.suspects) < 0.03 * 900
 
 
 # What is taken out.
@@ -224,8 +244,8 @@ def test_a_filter_that_wants_everything_is_refused(monkeypatch):
     ("settings", "said"),
     [
         ({"filter": "scann"}, "no method 'scann'"),
-        ({"options": ("treshold=5",)}, "scan has no setting 'treshold'"),
-        ({"options": ("threshold=-1",)}, "threshold must be"),
+        ({"filter": "scan", "options": ("treshold=5",)}, "scan has no setting 'treshold'"),
+        ({"filter": "scan", "options": ("threshold=-1",)}, "threshold must be"),
         ({"max_share": 1.5}, "max_share must be"),
         ({"max_drop": -0.1}, "max_drop must be"),
         ({"epochs": 0}, "epochs must be"),
@@ -238,7 +258,8 @@ def test_bad_settings(settings, said):
 
 
 def test_options_reach_the_filter():
-    assert Filtered(options=("threshold=5", "least=20"))._filter() == find("filters", "scan")(threshold=5, least=20)
+    made = Filtered(filter="scan", options=("threshold=5", "least=20"))._filter()
+    assert made == find("filters", "scan")(threshold=5, least=20)
 
 
 def test_missing_clean_examples_are_refused_before_the_training():
@@ -257,7 +278,7 @@ def test_missing_clean_examples_are_refused_before_the_training():
         *((Filtered(), True), (Filtered(filter="beatrix"), True), (Filtered(filter="spectre"), False)),
         *((Filtered(filter="activation-clustering"), False), (Plain(), False), (ABL(), False)),
     ],
-    ids=["scan", "beatrix", "spectre", "activation-clustering", "plain", "abl"],
+    ids=["union", "beatrix", "spectre", "activation-clustering", "plain", "abl"],
 )
 def test_who_needs_clean_examples(method, needs):
     assert method.needs_clean is needs
@@ -276,7 +297,7 @@ def test_killed_run_ends_in_the_same_weights(phase, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     killed.progress.report = kill
-    method, (whole, _) = Filtered(**QUICK), trained()
+    method, (whole, _) = Filtered(**QUICK, filter="scan"), trained()
     with pytest.raises(KeyboardInterrupt):
         method(build, toy(7)[0], killed, tmp_path, known())
     assert killed.progress.folder is None
@@ -324,7 +345,7 @@ def run(tokens: list[str]) -> int:
 
 def test_command_shows_what_was_taken_out(folder, tmp_path, capsys):
     out = tmp_path / "out"
-    more = ("--clean", folder / "clean.npz", "--test-data", folder / "test.npz")
+    more = ("--clean", folder / "clean.npz", "--test-data", folder / "test.npz", "--set", "filter=scan")
     tokens = [token for token in command(folder, "poisoned", out, *more) if token != "--quiet"]
     assert run(tokens) == 0
     said = " ".join(capsys.readouterr().out.split()).replace("\N{NO-BREAK SPACE}", " ")
@@ -356,7 +377,7 @@ def test_command_shows_what_was_taken_out(folder, tmp_path, capsys):
 
 
 def test_command_on_a_clean_set(folder, tmp_path, capsys):
-    tokens = command(folder, "whole", tmp_path, "--clean", folder / "clean.npz", "--json")
+    tokens = command(folder, "whole", tmp_path, "--clean", folder / "clean.npz", "--json", "--set", "filter=scan")
     assert run(tokens) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["suspects"], report["notes"]["flagged"]) == (0, [])

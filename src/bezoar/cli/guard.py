@@ -22,7 +22,7 @@ def guard(
     *,
     data: str,
     out: Path,
-    method: str = "strip",
+    method: str = "mahalanobis",
     fpr: float = 0.05,
     scan: Path | None = None,
     label: int | None = None,
@@ -54,8 +54,9 @@ def guard(
         guarded = bezoar.load_guard("guard/", model)
         guarded.flags(images)
 
-    strip and scale-up need no scan and ask the model several times for each input; activation-filter asks it once, and
-    needs the trigger that a scan found. Each one's settings: bezoar methods NAME.
+    mahalanobis asks the model once for each input and needs no scan; so it flags whatever is unlike the clean images,
+    triggers of any kind among it. strip and scale-up ask several times; activation-filter needs the trigger that a scan
+    found. Each one's settings: bezoar methods NAME.
 
     Exit codes: 0 done, 2 bad input.
 

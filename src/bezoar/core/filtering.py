@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import final
 
+import torch
 from torch import Tensor, nn
 
 from bezoar.core.errors import SettingError
@@ -26,6 +27,8 @@ class Suspicion:
         statistic: What the method measured of each label that it looked at, higher for more suspicious.
         flagged: Labels that the method's own rule says are poisoned; None where it has no such rule, and takes
             something out of a clean set too.
+        confined: Whether suspects of labels that are not flagged do not count; else something is taken out of a clean
+            set too.
     """
 
     score: Tensor
@@ -33,6 +36,12 @@ class Suspicion:
     rule: str
     statistic: dict[int, float] = field(default_factory=dict)
     flagged: tuple[int, ...] | None = None
+    confined: bool = True
+
+    @property
+    def decides(self) -> bool:
+        """Whether it says that there is no poison where it finds none, and then takes nothing out."""
+        return self.flagged is not None and self.confined
 
 
 class Filter(Method, ABC):
@@ -69,3 +78,10 @@ class Filter(Method, ABC):
     @abstractmethod
     def filter(self, model: nn.Module, examples: ExampleSource, run: Run, clean: Clean | None) -> Suspicion:
         """The idea of the method; ``model`` is frozen and in eval mode."""
+
+
+def taken_out(found: Suspicion, labels: Tensor) -> Tensor:
+    """``(N,)`` bool: the suspects, of flagged labels only where they are confined to these."""
+    if found.flagged is None or not found.confined:
+        return found.suspect
+    return found.suspect & torch.isin(labels, torch.tensor(found.flagged, dtype=labels.dtype))

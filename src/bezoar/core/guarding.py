@@ -69,7 +69,7 @@ class Guard(Method, ABC):
         if self.needs_triggers and not triggers:
             raise SettingError(
                 f"{type(self).__name__} needs an inverted trigger, and the scan found none",
-                "Scan the model first, or use a guard that needs no trigger, such as strip",
+                "Scan the model first, or use a guard that needs no trigger, such as mahalanobis",
             )
         if not len(clean.held_x) or not len(clean.x):
             raise SettingError("a guard needs clean images to work with and others to set its threshold", "Give more")

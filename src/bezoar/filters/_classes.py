@@ -107,3 +107,11 @@ def stands_out(statistic: Sequence[float]) -> list[float]:
     if not statistic:
         return []
     return [min(-float(one), 1e6) for one in anomaly_index(list(statistic))]
+
+
+def over_represented(suspect: Tensor, labels: Tensor, num_classes: int) -> dict[int, float]:
+    """How many times its share of the examples each label has of the suspects; labels without examples have none."""
+    counts = torch.bincount(labels, minlength=num_classes).double()
+    found = torch.bincount(labels[suspect], minlength=num_classes).double()
+    lift = (found / found.sum().clamp(min=1)) / (counts / counts.sum().clamp(min=1))
+    return {label: float(lift[label]) for label in range(num_classes) if counts[label]}

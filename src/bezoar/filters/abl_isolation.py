@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bezoar.core.examples import ExampleSource
 from bezoar.core.filtering import Filter, Suspicion
 from bezoar.core.method import Clean
 from bezoar.core.run import Run
+from bezoar.filters._classes import over_represented
 from bezoar.ops.fresh import fresh
 from bezoar.ops.isolation import Floor, isolate, lowest, whole_part
 from bezoar.ops.losses import Curves
@@ -101,11 +102,3 @@ class ABLIsolation(Filter):
             f"the {self.rate:.3g} of all examples that a fresh network learns fastest",
             over_represented(suspect, examples.labels, examples.num_classes),
         )
-
-
-def over_represented(suspect: Tensor, labels: Tensor, num_classes: int) -> dict[int, float]:
-    """How many times its share of the examples each label has of the suspects; labels without examples have none."""
-    counts = torch.bincount(labels, minlength=num_classes).double()
-    found = torch.bincount(labels[suspect], minlength=num_classes).double()
-    lift = (found / found.sum().clamp(min=1)) / (counts / counts.sum().clamp(min=1))
-    return {label: float(lift[label]) for label in range(num_classes) if counts[label]}

@@ -13,9 +13,9 @@ from bezoar.core.guarding import Guard, See, seer
 from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.core.trigger import InvertedTrigger
+from bezoar.guards._features import read
 from bezoar.ops.head import find_head
 
-_BATCH = 256
 _SMALL = 1e-12
 
 
@@ -47,12 +47,12 @@ class ActivationFilter(Guard):
         """See :class:`bezoar.core.guarding.Guard`."""
         x = clean.x
         see = seer(model, self.reads(model, x[:1].to(run.device)))
-        usual = _features(see, x, run)
+        usual = read(see, x, run)[1]
         chosen, mean, deviation = [], [], []
         for label, trigger in triggers.items():
             others = clean.y.cpu() != label
             rows = others if bool(others.any()) else torch.ones_like(others)
-            raised = _features(see, trigger(x[rows.to(x.device)]), run).mean(0) - usual[rows].mean(0)
+            raised = read(see, trigger(x[rows.to(x.device)]), run)[1].mean(0) - usual[rows].mean(0)
             neurons = torch.sort(raised, descending=True, stable=True).indices[: self.count(len(raised))]
             profile = usual[:, neurons].mean(1)
             chosen.append(neurons)
@@ -78,12 +78,3 @@ class ActivationFilter(Guard):
     def reads(self, model: nn.Module, x: Tensor) -> nn.Module | None:
         """See :class:`bezoar.core.guarding.Guard`."""
         return find_head(model, x)
-
-
-def _features(see: See, x: Tensor, run: Run) -> Tensor:
-    """``(N, D)`` float64 on the CPU."""
-    found = []
-    for part in torch.split(x, _BATCH):
-        run.check()
-        found.append(see(part.to(run.device))[1].cpu().double())
-    return torch.cat(found)

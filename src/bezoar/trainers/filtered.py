@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bezoar.core.errors import DataError
 from bezoar.core.examples import Examples, ExampleSource, Subset
 from bezoar.core.fields import fields_from
-from bezoar.core.filtering import Filter, Suspicion
+from bezoar.core.filtering import Filter, Suspicion, taken_out
 from bezoar.core.method import Clean, own_randomness
 from bezoar.core.registry import find
 from bezoar.core.run import Run
@@ -28,8 +28,9 @@ class Filtered(Plain):
     """Train, take out what a filter finds suspect, and train again from scratch on the rest.
 
     The first training is that of ``plain`` without augmentation, since crops can cut a patch in a corner off: so its
-    model has learned the poison, if there is any, and the filter sees the examples as that model does. Where the filter
-    flags no label, nothing is taken out. The second training is that of ``plain`` on what is left: it begins from the
+    model has learned the poison, if there is any, and the filter sees the examples as that model does. By default there
+    are two: SCAn, which takes out nothing where it flags no label, and the distance from clean examples, which takes
+    one or two of a hundred out of any set. The second training is that of ``plain`` on what is left: it begins from the
     same first weights and never sees the suspects. It is left out where it would be the first one again: nothing taken
     out, and nothing augmented.
 
@@ -38,9 +39,10 @@ class Filtered(Plain):
     pictures, and clean labels.
 
     Args:
-        filter: A filter by name. ``scan`` and ``beatrix`` need clean examples and take nothing out where they flag no
-            label; ``spectral-signatures`` and ``spectre`` need none, and take a share out of any set;
-            ``activation-clustering`` needs none, and misses poison that is not the smaller part of its label.
+        filter: A filter by name. ``union`` is ``scan`` and ``clean-distance``, which sees rare poison too. ``scan`` and
+            ``beatrix`` need clean examples and take nothing out where they flag no label; ``spectral-signatures`` and
+            ``spectre`` need none, and take a share out of any set; ``activation-clustering`` needs none, and misses
+            poison that is not the smaller part of its label.
         options: Settings of the filter, each ``key=value``, such as ``threshold=5``.
         augment_first: Whether the first training augments too. It is then the answer where nothing is taken out, which
             saves the second one; but a trigger near the border may not be learned, and not be seen.
@@ -62,10 +64,10 @@ class Filtered(Plain):
         Tran et al., "Spectral Signatures in Backdoor Attacks", NeurIPS 2018, for training, filtering and training
         again.
         Tang et al., "Demon in the Variant: Statistical Analysis of DNNs for Robust Backdoor Contamination Detection",
-        USENIX Security 2021, for the default filter. That nothing is done where no label is flagged is ours.
+        USENIX Security 2021, for SCAn. That it is joined with another filter is ours.
     """
 
-    filter: str = "scan"
+    filter: str = "union"
     options: tuple[str, ...] = ()
     augment_first: bool = False
     max_share: float = 0.75
@@ -121,10 +123,10 @@ class Filtered(Plain):
         return Trained(second, suspects, suspicion=found)
 
     def _warn(self, found: Suspicion, out: Tensor, examples: ExampleSource, run: Run, clean: Clean | None) -> None:
-        if found.flagged is None and bool(out.any()):
+        if not found.decides and not found.flagged and bool(out.any()):
             run.warnings.append(
-                f"{self.filter} does not say whether there is poison at all, and takes examples out of a clean set "
-                "too: look at them"
+                f"{self.filter} takes examples out of a clean set too, so what it took out is no sign of poison: look "
+                "at the pictures"
             )
         counts = torch.bincount(examples.labels, minlength=examples.num_classes).tolist()
         gone = torch.bincount(examples.labels[out], minlength=examples.num_classes).tolist()
@@ -150,13 +152,6 @@ class Filtered(Plain):
                 f"without the suspects, accuracy on the clean examples is {after:.1%} instead of {before:.1%}: some "
                 "that were taken out may be genuine"
             )
-
-
-def taken_out(found: Suspicion, labels: Tensor) -> Tensor:
-    """``(N,)`` bool: the suspects, of flagged labels only where the filter has a rule that flags labels."""
-    if found.flagged is None:
-        return found.suspect
-    return found.suspect & torch.isin(labels, torch.tensor(found.flagged, dtype=labels.dtype))
 
 
 def ordered(score: Tensor, chosen: Tensor) -> Tensor:
