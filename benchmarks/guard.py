@@ -14,8 +14,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import jsonl
@@ -141,21 +142,40 @@ def _scanned(case: Case) -> Result | None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table."""
+    """Markdown: each guard over its victims, then victim by victim."""
+    names = sorted({row["guard"] for row in rows}, key=lambda name: -_over(rows, name, "auroc", mean))
     lines = [
-        "| victim | net | guard | AUROC | FNR | FPR (bound 5 %) | latency, PyTorch | ONNX Runtime |",
-        "|---|---|---|---|---|---|---|---|",
+        "| guard | victims | mean AUROC | lowest | mean FNR | FNR at most 5 % | mean FPR | PyTorch | ONNX Runtime |",
+        "|" + "---|" * 9,
     ]
-    for row in rows:
-        if "error" in row:
-            lines.append(f"| {row['victim']} | {row['arch']} | {row['guard']} | {row['error']} | | | | |")
-            continue
-        runtime = "-" if row["latency_onnx"] is None else f"{row['latency_onnx']:.1f} x"
+    for name in names:
+        mine = [row for row in rows if row["guard"] == name and "auroc" in row]
+        usual, least = _over(rows, name, "auroc", mean), _over(rows, name, "auroc", min)
+        missed, alarms = (100 * _over(rows, name, key, mean) for key in ("fnr", "fpr"))
+        slower, in_runtime = (_over(rows, name, key, median) for key in ("latency", "latency_onnx"))
+        low = sum(row["fnr"] <= FPR for row in mine)
         lines.append(
-            f"| {row['victim']} | {row['arch']} | {row['guard']} | {row['auroc']:.3f} | {100 * row['fnr']:.1f} | "
-            f"{100 * row['fpr']:.1f} | {row['latency']:.1f} x | {runtime} |"
+            f"| {name} | {len(mine)} | {usual:.3f} | {least:.3f} | {missed:.1f} | {low} | {alarms:.1f} | "
+            f"{slower:.1f} x | {in_runtime:.1f} x |"
         )
+    lines += ["", f"| victim | net | {' | '.join(names)} |", "|" + "---|" * (2 + len(names))]
+    by_victim: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_victim.setdefault(row["victim"], {})[row["guard"]] = row
+    for victim, found in sorted(by_victim.items(), key=lambda one: (next(iter(one[1].values()))["arch"], one[0])):
+        cells = " | ".join(_cell(found.get(name)) for name in names)
+        lines.append(f"| {victim} | {next(iter(found.values()))['arch']} | {cells} |")
     return "\n".join(lines)
+
+
+def _over(rows: list[dict[str, Any]], guard: str, key: str, how: Callable[[list[float]], float]) -> float:
+    return how([row[key] for row in rows if row["guard"] == guard and row.get(key) is not None])
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    return "no backdoor found" if "error" in row else f"{row['auroc']:.3f}, {100 * row['fnr']:.1f}"
 
 
 def main() -> None:
