@@ -161,6 +161,7 @@ def test_a_method_is_explained(capsys):
 def test_killed_scan_goes_on_where_it_stopped(tmp_path):
     command = [sys.executable, "-m", "bezoar.cli.main", "scan", MODEL, "--data", DATA, "--json", *QUICK]
     environment = {"BEZOAR_CACHE": str(tmp_path / "cache"), "PATH": "/usr/bin:/bin", "BEZOAR_CHECKPOINT_SECONDS": "0"}
+    environment["OMP_NUM_THREADS"] = "1"
     whole = subprocess.run(command, env=environment | {"BEZOAR_CACHE": str(tmp_path / "b")}, capture_output=True)
     assert whole.returncode == 1, whole.stderr.decode()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

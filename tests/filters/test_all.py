@@ -54,7 +54,8 @@ def test_answer_is_well_formed(kind):
     assert bool(torch.isfinite(found.score).all())
     assert found.rule
     assert set(found.statistic) == set(range(CLASSES))
-    assert found.flagged is None or set(found.flagged) == set(y[found.suspect].tolist())
+    assert set(found.flagged or ()) <= set(y[found.suspect].tolist())
+    assert not found.decides or set(found.flagged) == set(y[found.suspect].tolist())
 
 
 @every_comparing_filter

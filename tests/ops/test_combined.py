@@ -121,7 +121,7 @@ def test_surprise_grows(values, value, more):
 def test_pvalues_of_clean_nets_are_as_small_as_they_should_be():
     generator = np.random.default_rng(2)
     references = [reference(seed=10 + n) for n in range(5)]
-    values = np.asarray([combine(made_up(generator), references[n % 5]).pvalue for n in range(200)])
+    values = np.asarray([combine(made_up(generator), references[n % 5]).pvalue for n in range(120)])
     assert (values <= 0.01).mean() <= 0.03
     assert (values <= 0.05).mean() <= 0.1
     assert 0.25 < (values <= 0.5).mean() < 0.6

@@ -13,7 +13,6 @@ from torch import nn
 from bezoar.core.errors import SettingError
 from bezoar.core.method import Clean
 from bezoar.core.run import Run
-from bezoar.ops.augment import cutmix
 from bezoar.ops.fit import Batch
 from bezoar.purifiers.auto import Auto
 from bezoar.purifiers.repeated_unlearning import RepeatedUnlearning, _Forgetting
@@ -68,38 +67,6 @@ def test_the_suspect_model_itself_has_no_divergence(clean):
 def test_all_stamped_images_keep_their_true_label_and_are_not_distilled(clean):
     made, one, model = objective(clean, share=1.0), batch(clean), suspect().eval()
     torch.testing.assert_close(made.loss(model, one), F.cross_entropy(model(trigger()(one.x)), one.y))
-
-
-def test_mixed_images_add_their_divergence_from_the_suspect(clean):
-    made, one = objective(clean, share=1e-9, distill=0.0), batch(clean)
-    made.mix = 2.0
-    model = suspect().eval()
-    with torch.no_grad():
-        model[-1].weight.mul_(0.5)
-    loss = made.loss(model, one)
-    # The same draws as the objective's: which images are stamped, with what, and then the box.
-    again = torch.Generator().manual_seed(0)
-    torch.rand(len(one.x), generator=again)
-    torch.multinomial(torch.ones(1), len(one.x), replacement=True, generator=again)
-    mixed, _, share = cutmix(one.x, 1.0, again)
-    assert share < 1, "a box was pasted"
-    wanted = trained(backdoored=True)(mixed).log_softmax(1)
-    divergence = (wanted.exp() * (wanted - model(mixed).log_softmax(1))).sum(1).mean()
-    torch.testing.assert_close(loss, F.cross_entropy(model(one.x), one.y) + 2 * divergence)
-
-
-@pytest.mark.parametrize(("count", "fill", "mix"), [(12, 30, 0.6), (24, 30, 0.2), (30, 30, 0.0), (40, 30, 0.0)])
-def test_mixed_images_matter_less_the_more_images_there_are(clean, monkeypatch, count, fill, mix):
-    seen = []
-
-    class Told(_Forgetting):
-        def __init__(self, *parts):
-            super().__init__(*parts)
-            seen.append(self.mix)
-
-    monkeypatch.setattr("bezoar.purifiers.repeated_unlearning._Forgetting", Told)
-    fast(fill=fill, mix=1.0)(suspect(), dataclasses.replace(clean, x=clean.x[:count], y=clean.y[:count]), Run())
-    assert seen == [pytest.approx(mix)]
 
 
 @pytest.mark.parametrize(("mask", "additive", "kinds"), [(2, 2, 2), (2, 0, 1), (0, 2, 1)])
@@ -191,7 +158,6 @@ def test_set_is_not_filled_up_where_the_suspect_answers_the_changes(clean):
             {"mask_steps": -1},
             {"distill": -1.0},
             {"focus": -1.0},
-            {"mix": -1.0},
             {"epochs": 0},
         ),
         {"mask_steps": 0, "additive_steps": 0},

@@ -30,7 +30,9 @@ class Union(Filter):
         filters: Names of at least two filters, with their default settings.
 
     References:
-        Ours.
+        Ours; the default pair is after Tang et al., "Demon in the Variant: Statistical Analysis of DNNs for Robust
+        Backdoor Contamination Detection", USENIX Security 2021, and Lee et al., "A Simple Unified Framework for
+        Detecting Out-of-Distribution Samples and Adversarial Attacks", NeurIPS 2018.
     """
 
     filters: tuple[str, ...] = ("scan", "clean-distance")

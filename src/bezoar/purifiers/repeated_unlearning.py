@@ -17,7 +17,6 @@ from bezoar.core.run import Run
 from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import InvertedTrigger
 from bezoar.ops.answers import answers
-from bezoar.ops.augment import cutmix
 from bezoar.ops.enlarge import changed, enlarged
 from bezoar.ops.fit import fit
 from bezoar.ops.objective import Batch
@@ -57,9 +56,6 @@ class RepeatedUnlearning(Tuning):
             shows all alike.
         fill: A smaller set of more than one image is filled up to so many by slightly changed copies, unless the
             suspect loses its answers under such changes (a warped trigger is one of them); 0 never does.
-        mix: Weight of the divergence from the suspect's answers on images with a box of another image pasted in, where
-            copies were added; it falls to zero as the images come near ``fill`` in number. The backdoor has no part in
-            these answers, and they say more about the model than a handful of images.
         keep: Share of the suspect's weights in what comes out, where copies were added: few images teach a model less
             than they cost it, and between the two sets of weights accuracy falls later than the backdoor, in [0, 1).
         pad: Random crop after padding by this many pixels, before the trigger is stamped.
@@ -69,9 +65,7 @@ class RepeatedUnlearning(Tuning):
     References:
         Ours, after Wang et al., "Neural Cleanse", IEEE S&P 2019, section VI-C, Zeng et al., "Adversarial Unlearning of
         Backdoors via Implicit Hypergradient", ICLR 2022 (one universal change, no labels), and Hinton et al.,
-        "Distilling the Knowledge in a Neural Network", 2015. The pasted images are those of Yun et al., "CutMix", ICCV
-        2019, as Beyer et al., "Knowledge distillation: A good teacher is patient and consistent", CVPR 2022, distil
-        with mixed images. The average of weights is after Wortsman et al., "Robust
+        "Distilling the Knowledge in a Neural Network", 2015. The average of weights is after Wortsman et al., "Robust
         fine-tuning of zero-shot models", CVPR 2022.
     """
 
@@ -83,8 +77,7 @@ class RepeatedUnlearning(Tuning):
     distill: float = 1.5
     focus: float = 3.0
     fill: int = 128
-    mix: float = 1.0
-    keep: float = 0.05
+    keep: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,7 +85,7 @@ class RepeatedUnlearning(Tuning):
         self.require("share", 0 < self.share <= 1, "in (0, 1]")
         self.require("mask_steps", self.mask_steps >= 0, "at least 0")
         self.require("additive_steps", self.additive_steps + self.mask_steps > 0, "above 0 where mask_steps is 0")
-        for name in ("distill", "focus", "fill", "mix"):
+        for name in ("distill", "focus", "fill"):
             self.require(name, getattr(self, name) >= 0, "at least 0")
         self.require("keep", 0 <= self.keep < 1, "in [0, 1)")
 
@@ -104,13 +97,13 @@ class RepeatedUnlearning(Tuning):
             return model
         suspect = {name: value.clone() for name, value in model.state_dict().items()}
         x, y = enlarged(clean.x, clean.y, self.fill, run.generator("copies"))
-        self._forget(model, dataclasses.replace(clean, x=x, y=y), run, self.mix * (1 - len(clean.x) / self.fill))
+        self._forget(model, dataclasses.replace(clean, x=x, y=y), run)
         run.notes["copies"] = len(x) - len(clean.x)
         average(model, suspect, self.keep)
         return model
 
-    def _forget(self, model: nn.Module, clean: Clean, run: Run, mix: float = 0.0) -> None:
-        objective = _Forgetting(self, model, clean, run, mix)
+    def _forget(self, model: nn.Module, clean: Clean, run: Run) -> None:
+        objective = _Forgetting(self, model, clean, run)
         epochs = enough_epochs(len(clean.x), self.batch, self.epochs, LEAST_STEPS * self.epochs)
         recipe = dataclasses.replace(self.recipe(), epochs=epochs)
         fit(model, clean.x, clean.y, recipe, seed=run.seed, objective=objective, progress=run.progress.training)
@@ -138,13 +131,11 @@ def _steady(model: nn.Module, clean: Clean, run: Run) -> bool:
 
 
 class _Forgetting(CleanLoss):
-    """Cross-entropy, partly on stamped images, and the divergence from the suspect on the others and on mixed ones."""
+    """Cross-entropy, partly on stamped images, and the divergence from the suspect model on the others."""
 
-    def __init__(
-        self, settings: RepeatedUnlearning, model: nn.Module, clean: Clean, run: Run, mix: float = 0.0
-    ) -> None:
+    def __init__(self, settings: RepeatedUnlearning, model: nn.Module, clean: Clean, run: Run) -> None:
         super().__init__(too_few_for_statistics(model, len(clean.x), run))
-        self.settings, self.clean, self.run, self.mix = settings, clean, run, mix
+        self.settings, self.clean, self.run = settings, clean, run
         self.suspect = copy.deepcopy(model).eval().requires_grad_(False)
         self.triggers: list[InvertedTrigger] = []
         self.weights: list[float] = []
@@ -179,13 +170,7 @@ class _Forgetting(CleanLoss):
         loss = F.cross_entropy(out, batch.y)
         bare = (~carries).to(x.device)
         if self.settings.distill and bool(bare.any()):
-            loss = loss + self.settings.distill * self._divergence(x[bare], out[bare])
-        if self.mix:
-            mixed, _, _ = cutmix(x, 1.0, batch.generator)
-            loss = loss + self.mix * self._divergence(mixed, logits(model, mixed))
+            with torch.no_grad():
+                wanted = logits(self.suspect, x[bare]).softmax(1)
+            loss = loss + self.settings.distill * F.kl_div(out[bare].log_softmax(1), wanted, reduction="batchmean")
         return loss
-
-    def _divergence(self, x: Tensor, out: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = logits(self.suspect, x).softmax(1)
-        return F.kl_div(out.log_softmax(1), wanted, reduction="batchmean")
