@@ -5,9 +5,9 @@
     python benchmarks/filters.py --table
 
 Each row is one line of ``benchmarks/results/filters.jsonl``; a killed run goes on where it was, and ``--retrain`` does
-the rows again that lack what came of it. Each filter runs in a
-process of its own, so that its peak memory is its own. The clean examples that some filters need are test images;
-where ``--retrain`` trains on what a filter leaves, ACC and ASR are measured on the others.
+the rows again that lack what came of it. Each filter runs in a process of its own, so that its peak memory is its own.
+The clean examples that some filters need are test images; where ``--retrain`` trains on what a filter leaves, ACC and
+ASR are measured on the others.
 """
 
 from __future__ import annotations

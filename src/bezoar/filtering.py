@@ -326,9 +326,9 @@ def _of_data(examples: UntrustedData) -> tuple[str, ...]:
 
 
 def _verdict(found: Suspicion) -> Verdict:
-    if not found.decides and not found.flagged:
-        return "inconclusive"
-    return "backdoored" if found.flagged else "clean"
+    if found.flagged:
+        return "backdoored"
+    return "clean" if found.decides else "inconclusive"
 
 
 def _labels(examples: UntrustedData, found: Suspicion) -> tuple[LabelFindings, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from bezoar.ops.stats import anomaly_index
 
 _NO_VARIANCE = 1e-12  # relative: below this a direction is rounding
 _TRIES, _STEPS = 10, 100
+#: Parts that clean examples are divided into, each to be held against the others.
+FOLDS = 5
 
 
 def by_label(labels: Tensor, num_classes: int, run: Run, least: int) -> Iterator[tuple[int, Tensor]]:
@@ -115,3 +117,23 @@ def over_represented(suspect: Tensor, labels: Tensor, num_classes: int) -> dict[
     found = torch.bincount(labels[suspect], minlength=num_classes).double()
     lift = (found / found.sum().clamp(min=1)) / (counts / counts.sum().clamp(min=1))
     return {label: float(lift[label]) for label in range(num_classes) if counts[label]}
+
+
+def held_out_limit(
+    parts: Iterable[Tensor], count: int, distances: Callable[[Tensor, Tensor], Tensor], share: float
+) -> float:
+    """The distance that a share of clean examples exceeds, each part held against the others.
+
+    Args:
+        parts: Positions of the examples, each in one part.
+        count: How many examples there are.
+        distances: Of the examples of a part, from their positions and ``(count,)`` bool, the others.
+        share: In (0, 1).
+    """
+    found = []
+    for part in parts:
+        others = torch.ones(count, dtype=torch.bool)
+        others[part] = False
+        found.append(distances(part, others))
+    ordered = torch.cat(found).sort().values
+    return float(ordered[min(int((1 - share) * len(ordered)), len(ordered) - 1)])

@@ -15,14 +15,13 @@ from bezoar.core.filtering import Filter, Suspicion
 from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.core.surgery import frozen
-from bezoar.filters._classes import by_label, stands_out
+from bezoar.filters._classes import FOLDS, by_label, held_out_limit, stands_out
 from bezoar.ops.attention import features_at, find_taps
 from bezoar.ops.augment import as_float
 from bezoar.ops.features import device_of, penultimate
 from bezoar.ops.head import find_head
 
 _SMALL = 1e-6  # as in the authors' code
-_FOLDS = 5
 _BATCH = 64
 
 
@@ -161,13 +160,13 @@ class Beatrix(Filter):
         Args:
             grams: ``(n, E)`` for each order, n at least 2.
         """
-        found = []
-        for part in torch.tensor_split(torch.arange(len(grams[0])), min(_FOLDS, len(grams[0]))):
-            others = torch.ones(len(grams[0]), dtype=torch.bool)
-            others[part] = False
-            found.append(torch.stack([deviation(g[part], self.bounds(g[others])) for g in grams]).mean(0))
-        ordered = torch.cat(found).sort().values
-        return float(ordered[min(int((1 - self.false_alarms) * len(ordered)), len(ordered) - 1)])
+        count = len(grams[0])
+
+        def distances(part: Tensor, others: Tensor) -> Tensor:
+            return torch.stack([deviation(g[part], self.bounds(g[others])) for g in grams]).mean(0)
+
+        parts = torch.tensor_split(torch.arange(count), min(FOLDS, count))
+        return held_out_limit(parts, count, distances, self.false_alarms)
 
     def _apart(self, means: Tensor, above: Tensor, generator: torch.Generator) -> float:
         if len(means) > self.most:

@@ -12,11 +12,10 @@ from bezoar.core.examples import Examples, ExampleSource
 from bezoar.core.filtering import Filter, Suspicion
 from bezoar.core.method import Clean
 from bezoar.core.run import Run
-from bezoar.filters._classes import by_label, over_represented
+from bezoar.filters._classes import FOLDS, by_label, held_out_limit, over_represented
 from bezoar.ops.features import read_features
 from bezoar.ops.mahalanobis import gaussians
 
-_FOLDS = 5
 _PART = 4096
 
 
@@ -92,12 +91,10 @@ class CleanDistance(Filter):
             classes: How many labels there are.
         """
         order = torch.sort(labels, stable=True).indices  # each part holds as many of each label
-        found = []
-        for first in range(min(_FOLDS, len(order))):
-            part = torch.zeros(len(order), dtype=torch.bool)
-            part[order[first::_FOLDS]] = True
-            others = gaussians(features[~part], labels[~part], classes, self.shrinkage)
-            found.append(others.distance(features[part], labels[part]))
-        ordered = torch.cat(found).sort().values
-        at = min(int((1 - self.false_alarms) * len(ordered)), len(ordered) - 1)
-        return max(float(ordered[at]), 1e-12)
+        parts = [order[first::FOLDS] for first in range(min(FOLDS, len(order)))]
+
+        def distances(part: Tensor, others: Tensor) -> Tensor:
+            fitted = gaussians(features[others], labels[others], classes, self.shrinkage)
+            return fitted.distance(features[part], labels[part])
+
+        return max(held_out_limit(parts, len(order), distances, self.false_alarms), 1e-12)
