@@ -218,17 +218,22 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print what is there as a table")
     parser.add_argument("--half", type=int, choices=[0, 1], help="only every other net, to run two at a time")
     parser.add_argument("--fresh", action="store_true", help="the fresh set in place of the shared one")
+    parser.add_argument("--most", type=int, default=0, help="most nets to train now; 0 for all")
     arguments = parser.parse_args()
     chosen = fresh() if arguments.fresh else members()
     if arguments.list:
         show(chosen)
         return
     torch.set_num_threads(arguments.threads)
+    trained = 0
     for number, member in enumerate(chosen):
         if arguments.half is not None and number // 2 % 2 != arguments.half:
             continue
+        if arguments.most and trained == arguments.most:
+            break
         if not (member.folder / member.name / "facts.json").exists():
             facts = train(member, arguments.threads)
+            trained += 1
             print({k: facts[k] for k in ("name", "acc", "asr", "seconds")}, flush=True)
 
 
