@@ -20,11 +20,17 @@ from typing import Any
 
 from bezoar.core.results import write_atomic
 from bezoar.evidence import COMBINED, CONCENTRATION, MASKS
-from bezoar.ops.combined import CleanNet, clean_nets, clean_nets_file, combine, verdict
+from bezoar.ops.combined import CleanNet, clean_nets_file, combine, verdict
 from bezoar.ops.stats import wilson
 from scorers import auroc, read, tpr
 
-SOURCES = (MASKS, CONCENTRATION, "additive-inversion", *COMBINED)
+#: What a combined verdict rests on, and what it can take in besides.
+SEARCHED = (MASKS, CONCENTRATION, "additive-inversion")
+SOURCES = (*SEARCHED, *COMBINED)
+#: Names of the rows of scorers.py, where a source has another one: what counts are sizes after the student.
+ROWS = {"neural-cleanse": "neural-cleanse-student", "additive-inversion": "additive-inversion-student"}
+RAW = {MASKS: "masks, no student", "additive-inversion": "faint changes, no student"}
+NO_STUDENT = (RAW[MASKS], CONCENTRATION, RAW["additive-inversion"])
 #: Family of each attack, after what a defence has to see.
 FAMILIES = {
     "patch": ("badnets", "trojan", "several"),
@@ -50,29 +56,39 @@ def family(attack: str) -> str:
 def collected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry for each net whose evidence is complete: scores by source."""
     nets: dict[tuple[str, str], dict[str, Any]] = {}
+    names = {row: source for source, row in ROWS.items()}
     for row in rows:
         if row["seed"] != 0 or "error" in row:
             continue
+        source = names.get(row["scorer"], RAW.get(row["scorer"], row["scorer"]))
         net = nets.setdefault((row["part"], row["name"]), {k: row[k] for k in ("part", "name", "data", "arch")})
         net |= {"attack": row["attack"], "targets": row["targets"], "planted": row["planted"]}
-        net.setdefault("scores", {})[row["scorer"]] = {int(k): v for k, v in row["labels"].items()}
-        net["seconds"] = net.get("seconds", 0.0) + (row["cpu_seconds"] if row["scorer"] in SOURCES else 0.0)
-    return [net for net in nets.values() if all(source in net["scores"] for source in SOURCES)]
+        net.setdefault("scores", {})[source] = {int(k): v for k, v in row["labels"].items()}
+    return [net for net in nets.values() if all(source in net["scores"] for source in SEARCHED)]
+
+
+def clean_set(nets: list[dict[str, Any]]) -> list[CleanNet]:
+    """The clean nets of the shared set, with the scores of all their labels in order."""
+    return [
+        CleanNet(net["name"], {s: tuple(one[k] for k in sorted(one)) for s, one in net["scores"].items()})
+        for net in sorted(nets, key=lambda one: str(one["name"]))
+        if net["part"] == "set" and not net["planted"]
+    ]
 
 
 def fit(nets: list[dict[str, Any]]) -> None:
-    """Write the clean nets of the shared set into the package."""
+    """Write the clean nets of the shared set into the package, those with all sources."""
     found = [
-        {"name": net["name"], "scores": {s: [net["scores"][s][k] for k in sorted(net["scores"][s])] for s in SOURCES}}
-        for net in nets
-        if net["part"] == "set" and not net["planted"]
+        {"name": net.name, "scores": {source: net.scores[source] for source in SOURCES}}
+        for net in clean_set(nets)
+        if all(source in net.scores for source in SOURCES)
     ]
-    lines = ",\n".join("  " + json.dumps(one) for one in sorted(found, key=lambda one: str(one["name"])))
+    lines = ",\n".join("  " + json.dumps(one) for one in found)
     write_atomic(clean_nets_file(), f'{{\n "made_by": "benchmarks/combine.py --fit",\n "nets": [\n{lines}\n ]\n}}\n')
     print(f"{len(found)} clean nets written to {clean_nets_file()}")
 
 
-def judged(net: dict[str, Any], sources: tuple[str, ...], reference: tuple[CleanNet, ...]) -> dict[str, Any]:
+def judged(net: dict[str, Any], sources: tuple[str, ...], reference: list[CleanNet]) -> dict[str, Any]:
     """P-value and label of a net, from some of the sources; a net is never held against itself."""
     others = [one for one in reference if one.name != net["name"]]
     whole = combine({source: net["scores"][source] for source in sources}, others)
@@ -86,12 +102,15 @@ def table(nets: list[dict[str, Any]], fpr: float) -> str:
         f"p at most {fpr:g}: backdoored, clean | p above 0.1 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    reference = clean_nets()
-    for name, sources in [("all together", SOURCES), *((s, (s,)) for s in SOURCES)]:
-        rows = [judged(net, sources, reference) for net in nets]
-        for part in ("set", "others"):
-            some = [row for row in rows if (row["part"] == "set") == (part == "set")]
-            lines += _families(name, part, some, fpr)[: None if name == "all together" else 1]
+    reference = clean_set(nets)
+    looks: list[tuple[str, tuple[str, ...]]] = [("searches and student", SEARCHED), ("without the student", NO_STUDENT)]
+    looks += [("with the scorers", SOURCES), *((source, (source,)) for source in (*SOURCES, *RAW.values()))]
+    for name, sources in looks:
+        rows = [judged(net, sources, reference) for net in nets if all(s in net["scores"] for s in sources)]
+        for part in ("set", "fresh", "attacks", "published"):
+            some = [row for row in rows if row["part"] == part]
+            if some:
+                lines += _families(name, part, some, fpr)[: None if sources == SEARCHED else 1]
     return "\n".join(lines)
 
 
@@ -131,7 +150,7 @@ def main() -> None:
     if arguments.table:
         print(table(nets, arguments.fpr))
     if arguments.each:
-        for row in sorted((judged(net, SOURCES, clean_nets()) for net in nets), key=lambda row: row["pvalue"]):
+        for row in sorted((judged(net, SEARCHED, clean_set(nets)) for net in nets), key=lambda row: row["pvalue"]):
             print(f"{row['pvalue']:.2e} {row['label']:>3} {row['targets']!s:8} {row['part']} {row['name']}")
 
 

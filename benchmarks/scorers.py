@@ -39,8 +39,9 @@ from bezoar.core.registry import methods
 from bezoar.core.results import write_atomic
 from bezoar.core.run import Run
 from bezoar.evaluation.splits import read_splits
+from bezoar.evidence import student_transfer
 from bezoar.nets.registry import find as find_net
-from bezoar.ops.combined import concentration, label_scores
+from bezoar.ops.combined import Transfer, concentration, label_scores
 from bezoar.options import ModelOptions, RunOptions
 from bezoar.scanners.additive_inversion import AdditiveInversion
 from bezoar.scanners.neural_cleanse import NeuralCleanse
@@ -49,8 +50,10 @@ from bezoar.session import Session, open_session
 
 SEARCHES: dict[str, Callable[..., Scanner]] = {
     "neural-cleanse": NeuralCleanse,
+    "neural-cleanse-student": NeuralCleanse,
     "mask-concentration": NeuralCleanse,
     "additive-inversion": AdditiveInversion,
+    "additive-inversion-student": AdditiveInversion,
 }
 RESULTS = Path(__file__).parent / "results" / "scorers.jsonl"
 CLEAN_TWINS = 3
@@ -148,9 +151,13 @@ def score(net: Net, name: str, seed: int) -> dict[str, Any]:
         start, before = time.perf_counter(), time.process_time()
         try:
             if isinstance(method, Scanner):
-                measure = concentration if name == "mask-concentration" else label_scores
-                evidence, cost = _searched(session, method, (case.part, case.name, seed))
-                found = measure(evidence)
+                key = (case.part, case.name, seed)
+                evidence, cost = _searched(session, method, key)
+                if name.endswith("-student"):
+                    moved, cost = _student(session, key, cost)
+                    found = label_scores(evidence, moved)
+                else:
+                    found = concentration(evidence) if name == "mask-concentration" else label_scores(evidence)
             else:
                 found = method(session.suspect.module, session.clean, session.run)
                 cost = _cost(session, start, before)
@@ -179,6 +186,20 @@ def _searched(session: Session, method: Scanner, net: tuple[Any, ...]) -> tuple[
         _LAST.clear()
         _LAST[key] = evidence, _cost(session, start, before)
     return _LAST[key]
+
+
+_TAUGHT: dict[tuple[Any, ...], tuple[Transfer, dict[str, Any]]] = {}
+
+
+def _student(session: Session, net: tuple[Any, ...], search: dict[str, Any]) -> tuple[Transfer, dict[str, Any]]:
+    """How far triggers move a student, taught once for each net, and what it cost with the search."""
+    if net not in _TAUGHT:
+        start, before = time.perf_counter(), time.process_time()
+        moved = student_transfer(session)
+        _TAUGHT.clear()
+        _TAUGHT[net] = moved, _cost(session, start, before)
+    moved, cost = _TAUGHT[net]
+    return moved, search | {k: round(search[k] + cost[k], 1) for k in ("seconds", "cpu_seconds")}
 
 
 def _cost(session: Session, start: float, before: float) -> dict[str, Any]:

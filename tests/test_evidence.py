@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 import bezoar
-from bezoar.core.errors import SettingError, UnsupportedModel
+from bezoar.core.errors import BudgetSpent, SettingError, UnsupportedModel
 from bezoar.core.evidence import Scores
 from bezoar.core.results import Report
 from bezoar.core.scored import Evidence, LabelScore
@@ -121,8 +121,8 @@ def together() -> Report:
 
 def test_combined_verdict_rests_on_all_sources(together):
     whole = together.combination
-    assert {one.method for one in whole.sources} == {MASKS, CONCENTRATION, "additive-inversion", *COMBINED}
-    assert {one.method for one in together.evidence} == set(COMBINED)
+    assert {one.method for one in whole.sources} == {MASKS, CONCENTRATION, "additive-inversion"}
+    assert together.evidence == ()
     assert (together.verdict, together.target) == ("backdoored", whole.leader)
     assert whole.pvalue <= whole.fpr == 0.05
     assert whole.labels[0].label == whole.leader
@@ -135,7 +135,24 @@ def test_combined_verdict_is_shown(together):
     assert "All evidence together: p = " in page
     assert "How the searches alone judge" in page
     assert "All together" in text
-    assert "6 sources" in " ".join(text.split())
+    assert "3 sources" in " ".join(text.split())
+
+
+def test_scorers_that_are_asked_add_to_a_combined_verdict():
+    found = bezoar.scan(
+        trained(backdoored=True), images(120, seed=7), seeds=1, resume=False, fpr=0.05, evidence=COMBINED[1:2]
+    ).report
+    assert COMBINED[1] in {one.method for one in found.combination.sources}
+
+
+def test_without_time_for_a_student_the_searches_judge_alone(monkeypatch):
+    def late(_session):
+        raise BudgetSpent("the budget is spent")
+
+    monkeypatch.setattr("bezoar.evidence.student_transfer", late)
+    found = bezoar.scan(trained(backdoored=True), images(120, seed=7), seeds=1, resume=False, fpr=0.05).report
+    assert found.combination is None
+    assert any("teach a student" in one for one in found.warnings)
 
 
 def test_combined_verdict_can_overrule_the_searches(together, monkeypatch):

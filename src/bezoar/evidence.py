@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from bezoar.core.errors import BezoarError, BudgetSpent, SettingError
 from bezoar.core.evidence import Scan, Scores
@@ -11,13 +12,16 @@ from bezoar.core.method import Scorer
 from bezoar.core.registry import find, methods
 from bezoar.core.run import Progress
 from bezoar.core.scored import Combination, Evidence, LabelScore, Source, Verdict
-from bezoar.ops.combined import calibration, clean_sources, combine, concentration, label_scores, rule_text
+from bezoar.nets.convnet import ConvNet
+from bezoar.ops.combined import Transfer, calibration, clean_sources, combine, concentration, label_scores, rule_text
+from bezoar.ops.student import taught, transfer
 from bezoar.ops.verdict import RatioRule
 from bezoar.session import Session
 
 #: Labels that are shown of each scorer, the most suspicious first.
 _SHOWN = 10
-#: Scorers that a combined verdict asks: those that tell nets apart in benchmarks/scorers.py at no great cost.
+_STUDENT = 24  # channels of the first stage of a student
+#: Scorers that a combined verdict takes in where they are asked.
 COMBINED = ("mm-bd", "k-arm", "abs-stimulation")
 #: The search whose masks tell where a trigger lies, and the name of that as a source.
 MASKS, CONCENTRATION = "neural-cleanse", "mask-concentration"
@@ -25,10 +29,19 @@ MASKS, CONCENTRATION = "neural-cleanse", "mask-concentration"
 
 @dataclass(frozen=True)
 class Gathered:
-    """What the scorers say: as shown in a report, and as numbers; and a warning for each that could not work."""
+    """What there is beside the searches.
+
+    Attributes:
+        shown: What the scorers say, as shown in a report.
+        scores: The same as numbers.
+        transfer: How far triggers move a student of the model; None where no combined verdict is wanted, or no time was
+            left.
+        warnings: One for each source that could not work.
+    """
 
     shown: tuple[Evidence, ...]
     scores: dict[str, Scores]
+    transfer: Transfer | None
     warnings: tuple[str, ...]
 
 
@@ -45,13 +58,18 @@ def scorers(names: tuple[str, ...]) -> dict[str, Scorer]:
 
 
 def gather(session: Session) -> Gathered:
-    """Ask the scorers that the options name, in that order, then those of a combined verdict, if one is wanted."""
-    found, numbers, warnings = [], dict[str, Scores](), []
+    """Ask the scorers that the options name, in that order, after a student is taught for a combined verdict."""
+    found, numbers, warnings, moved = [], dict[str, Scores](), [], None
     told = session.run.progress.report
-    asked = scorers(session.options.evidence)
     if session.options.fpr is not None:
-        asked |= scorers(tuple(name for name in COMBINED if name not in asked))
-    for name, scorer in asked.items():
+        try:
+            moved = student_transfer(session)
+        except BudgetSpent:
+            warnings.append(
+                "no time was left to teach a student of the model, so the verdict is that of the searches by their own "
+                "rule, and not at the false-positive rate that was asked for"
+            )
+    for name, scorer in scorers(session.options.evidence).items():
         session.run.progress = Progress(report=told, name=name)
         try:
             session.run.check()
@@ -64,13 +82,15 @@ def gather(session: Session) -> Gathered:
         else:
             numbers[name] = scores
             found.append(_evidence(name, scorer, scores, session.data.facts.names))
-    return Gathered(tuple(found), numbers, tuple(warnings))
+    return Gathered(tuple(found), numbers, moved, tuple(warnings))
 
 
 def combination(
     session: Session, searches: Mapping[str, Scan], gathered: Gathered, alone: Verdict
 ) -> Combination | None:
     """What all sources say together; None where that was not asked for, or cannot be said.
+
+    A student of the model tells which triggers are made of natural features.
 
     Args:
         session: The session; its options name the false-positive rate.
@@ -80,9 +100,10 @@ def combination(
     """
     fpr = session.options.fpr
     complete = all(any(seed.finished for seed in scan.seeds) for scan in searches.values())
-    if fpr is None or not complete or session.clean.num_classes < RatioRule.least_labels:
+    moved = gathered.transfer
+    if fpr is None or moved is None or not complete or session.clean.num_classes < RatioRule.least_labels:
         return None
-    scores = {name: label_scores(scan) for name, scan in searches.items()} | gathered.scores
+    scores = {name: label_scores(scan, moved) for name, scan in searches.items()} | gathered.scores
     if MASKS in searches:
         scores[CONCENTRATION] = concentration(searches[MASKS])
     labels = {name: scores[name].labels for name in sorted(scores) if name in clean_sources()}
@@ -103,6 +124,22 @@ def combination(
         text=rule_text(fpr),
         calibration=calibration(whole.clean_nets),
     )
+
+
+def student_transfer(session: Session) -> Transfer:
+    """How far triggers move a student of the model of a session, which is taught first.
+
+    Raises:
+        BudgetSpent: Time is over.
+    """
+    run, channels = session.run, session.clean.shape[0]
+    build = partial(ConvNet, _STUDENT, session.clean.num_classes, channels, norm=True)
+    run.progress = Progress(report=run.progress.report, name="student")
+    run.check()
+    with session.phase("student"):
+        student = taught(session.suspect.module, build, session.clean, run)
+    most = {"complete": 256, "failed": 256, "eliminated": 32}
+    return lambda label, found: transfer(student, session.clean, label, found.trigger, run, most[found.status])
 
 
 def _evidence(name: str, scorer: Scorer, scores: Scores, names: tuple[str, ...]) -> Evidence:

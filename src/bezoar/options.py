@@ -47,8 +47,8 @@ class RunOptions:
         threads: CPU threads; 0 leaves it to torch.
         additive: Also search for faint changes of the whole image, such as blended pictures and waves.
         evidence: Names of scorers to ask as well, or ``all``; what they say is shown.
-        fpr: Share of clean models that may be called backdoored, in (0, 0.5]: the verdict then rests on the searches
-            and on several scorers together. None leaves it to the searches, by their own rule.
+        fpr: Share of clean models that may be called backdoored, in (0, 0.5]: the verdict then rests on all searches
+            together, and those of the scorers that are calibrated. None leaves it to the searches, by their own rule.
         resume: Keep checkpoints, and go on where a killed run of the same command stopped.
         ray: Spread a scan over a Ray cluster: ``local``, ``auto`` for the one that runs here, or its address; empty for
             none. The outcome is the same.

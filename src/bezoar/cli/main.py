@@ -113,7 +113,8 @@ def scan(
         labels: Labels that can be the target, such as 3,7,10-14; all by default.
         evidence: Scorers to ask as well, such as mm-bd,k-arm, or all; what they say is shown.
         fpr: Share of clean models that may be called backdoored, such as 0.01: the verdict then rests on all searches
-            and several scorers together, with a p-value. Without it the searches decide by their own rule.
+            together, with a p-value, after a student of the model has told which triggers are natural features; of
+            --evidence, mm-bd, k-arm and abs-stimulation are taken in. Without it the searches decide by their own rule.
         source_specific: Also look for triggers that work on images of one label only: short for
             --evidence source-specific.
         budget: Time allowed, such as 90s, 2m or 1h; the answer is then the best so far.

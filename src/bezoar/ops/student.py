@@ -1,0 +1,111 @@
+"""A student: a small net that is taught a model's answers on clean images, and so learns what these images show.
+
+A backdoor answers to what clean images never show, so a student has nothing to learn it from. What it shares with the
+model are the natural features of the labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bezoar.core.method import Clean
+from bezoar.core.run import Run
+from bezoar.core.surgery import frozen, logits
+from bezoar.core.trigger import InvertedTrigger
+from bezoar.ops.augment import crop, mixup
+from bezoar.ops.fit import Batch, Recipe, fit, tell
+from bezoar.ops.objective import Stateless
+
+_SIDE = 32  # pixels a side that a student sees at most
+_VIEWS = 4096  # images that the model is asked about: crops, and half of them mixed with another
+_EPOCHS = 5
+_CHUNK = 128
+
+
+def _small(x: Tensor) -> Tensor:
+    """Images of at most as many pixels a side as a student sees."""
+    return F.adaptive_avg_pool2d(x, (min(x.shape[2], _SIDE), min(x.shape[3], _SIDE)))
+
+
+def taught(model: nn.Module, build: Callable[[], nn.Module], clean: Clean, run: Run) -> nn.Module:
+    """A student of a model, taught on the images to work with, in eval mode and frozen.
+
+    Args:
+        model: Left as it was.
+        build: Makes the student's net, for the colour channels of the images and at most 32 pixels a side; its first
+            weights come from torch's global generator, under the seed of the run.
+        clean: Clean images; the held-out ones are not used.
+        run: Device, seed, time.
+
+    Raises:
+        BudgetSpent: Time is over.
+    """
+    views, answers = _lessons(model, clean, run)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        student = build().to(run.device)
+    recipe = Recipe(epochs=_EPOCHS, lr=3e-3, optimizer="adam", weight_decay=0.0, batch=64)
+    told = tell(run, "student")
+    fit(student, views, answers.argmax(1), recipe, seed=run.seed, objective=_Answers(answers), progress=told)
+    for parameter in student.parameters():
+        parameter.requires_grad_(False)
+    return student
+
+
+class _Answers(Stateless):
+    """Cross-entropy against the model's probabilities."""
+
+    def __init__(self, answers: Tensor) -> None:
+        self.answers = answers
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """See :class:`bezoar.ops.objective.Objective`."""
+        return F.cross_entropy(model(batch.x), self.answers[batch.index].to(batch.x.device))
+
+
+@torch.no_grad()
+def _lessons(model: nn.Module, clean: Clean, run: Run) -> tuple[Tensor, Tensor]:
+    """``(V, C, H, W)`` views of the clean images, and ``(V, K)`` the model's probabilities."""
+    draw, pad = run.generator("student"), max(1, round(min(clean.shape[1:]) / 14))
+    order = torch.cat([torch.randperm(len(clean.x), generator=draw) for _ in range(-(-_VIEWS // len(clean.x)))])
+    views, answers = [], []
+    with frozen(model):
+        for number, rows in enumerate(torch.split(order[:_VIEWS], _CHUNK)):
+            run.check()
+            x = crop(clean.x[rows].to(run.device), pad, draw)
+            if number % 2:
+                x = mixup(x, 1.0, draw)[0]
+            views.append(_small(x).cpu())
+            answers.append(logits(model, x).float().softmax(1).cpu())
+    return torch.cat(views), torch.cat(answers)
+
+
+@torch.no_grad()
+def transfer(
+    student: nn.Module, clean: Clean, label: int, trigger: InvertedTrigger, run: Run, most: int = 256
+) -> float:
+    """How far a trigger that was found in the model moves its student too.
+
+    Args:
+        student: See :func:`taught`.
+        clean: Held-out images of other labels are stamped.
+        label: What the trigger gives in the model.
+        trigger: The trigger.
+        run: Device.
+        most: Most images.
+
+    Returns:
+        Mean rise of the student's probability of the label, in [0, 1]; NaN without images of other labels.
+    """
+    x = clean.held_x[clean.held_y != label][:most]
+    if not len(x):
+        return float("nan")
+    rises = []
+    for part in torch.split(x.to(run.device), _CHUNK):
+        before, after = (student(_small(one)).softmax(1)[:, label] for one in (part, trigger(part)))
+        rises.append((after - before).cpu())
+    return max(0.0, float(torch.cat(rises).mean()))

@@ -1,0 +1,107 @@
+"""A student learns what clean images show, and no backdoor."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from bezoar.core.errors import BudgetSpent
+from bezoar.core.method import Clean
+from bezoar.core.run import Run
+from bezoar.core.trigger import AdditiveTrigger, MaskedTrigger
+from bezoar.nets.convnet import ConvNet
+from bezoar.ops.student import taught, transfer
+from tests.toys import acc, asr, images, trained, trigger
+
+
+def clean(count: int = 60) -> Clean:
+    x, y = images(2 * count, 3)
+    return Clean(x[:count], y[:count], x[count:], y[count:], int(y.max()) + 1)
+
+
+def build() -> ConvNet:
+    return ConvNet(8, clean().num_classes, 3, norm=True)
+
+
+@pytest.fixture(scope="module")
+def student() -> nn.Module:
+    return taught(trained(True), build, clean(), Run(seed=0))
+
+
+def test_a_student_learns_the_labels_and_not_the_backdoor(student):
+    x, y = images(200, 7)
+    assert acc(student, x, y) > 0.9
+    assert asr(trained(True), x, y) > 0.9
+    assert asr(student, x, y) < 0.3
+
+
+def test_transfer_is_the_mean_rise_of_the_probability(student):
+    data = clean()
+    stamp = MaskedTrigger(torch.rand(1, 12, 12), torch.rand(3, 12, 12))
+    x = data.held_x[data.held_y != 1]
+    with torch.no_grad():
+        rise = (student(stamp(x)).softmax(1) - student(x).softmax(1))[:, 1].mean()
+    assert transfer(student, data, 1, stamp, Run(seed=0)) == pytest.approx(max(0.0, float(rise)), abs=1e-6)
+
+
+def test_a_natural_feature_transfers_and_a_planted_patch_does_not(student):
+    data = clean()
+    with torch.no_grad():
+        planted = trigger()
+        target = int(trained(True)(planted(data.held_x)).mean(0).argmax())
+    image = data.x[data.y == target][0]
+    natural = MaskedTrigger(torch.full((1, 12, 12), 0.9), image)
+    run = Run(seed=0)
+    assert transfer(student, data, target, natural, run) > 0.5
+    assert transfer(student, data, target, planted, run) < 0.2
+
+
+def test_no_change_does_not_transfer(student):
+    assert transfer(student, clean(), 0, AdditiveTrigger(torch.zeros(3, 12, 12)), Run(seed=0)) == 0
+
+
+def test_without_images_of_other_labels_there_is_nothing_to_say(student):
+    data = clean()
+    only = dataclasses.replace(data, held_x=data.held_x[data.held_y == 0], held_y=data.held_y[data.held_y == 0])
+    assert torch.tensor(transfer(student, only, 0, trigger(), Run(seed=0))).isnan()
+
+
+def test_the_same_seed_gives_the_same_student_and_the_model_stays_as_it_was(student):
+    model = trained(True)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    grads, mode, random = [p.requires_grad for p in model.parameters()], model.training, torch.get_rng_state()
+    again = taught(model, build, clean(), Run(seed=0))
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert (grads, mode) == ([p.requires_grad for p in model.parameters()], model.training)
+    assert torch.equal(random, torch.get_rng_state())
+    other = taught(model, build, clean(), Run(seed=1))
+    assert not all(torch.equal(a, b) for a, b in zip(student.parameters(), other.parameters(), strict=True))
+
+
+class Sides(nn.Module):
+    """Keeps the sizes of the images that it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.seen = ConvNet(4, 2, 1, norm=True), set[tuple[int, ...]]()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.add(tuple(x.shape[2:]))
+        return self.net(x)
+
+
+def test_a_student_sees_large_images_made_smaller():
+    x, y = torch.rand(8, 1, 97, 20), torch.arange(8) % 2
+    data, run = Clean(x, y, x, y, 2), Run(seed=0)
+    student = taught(ConvNet(4, 2, 1, norm=True).eval(), Sides, data, run)
+    stamp = MaskedTrigger(torch.zeros(1, 97, 20), torch.zeros(1, 97, 20))
+    assert transfer(student, data, 0, stamp, run) == 0
+    assert student.seen == {(32, 20)}
+
+
+def test_the_budget_ends_it():
+    run = Run(seed=0, budget=0.0)
+    with pytest.raises(BudgetSpent):
+        taught(trained(True), build, clean(), run)
