@@ -41,7 +41,8 @@ from bezoar.core.run import Run
 from bezoar.evaluation.splits import read_splits
 from bezoar.evidence import student_transfer
 from bezoar.nets.registry import find as find_net
-from bezoar.ops.combined import Transfer, concentration, label_scores
+from bezoar.ops.combined import concentration, label_scores
+from bezoar.ops.student import Transfer, enlarged
 from bezoar.options import ModelOptions, RunOptions
 from bezoar.scanners.additive_inversion import AdditiveInversion
 from bezoar.scanners.neural_cleanse import NeuralCleanse
@@ -155,7 +156,7 @@ def score(net: Net, name: str, seed: int) -> dict[str, Any]:
                 evidence, cost = _searched(session, method, key)
                 if name.endswith("-student"):
                     moved, cost = _student(session, key, cost)
-                    found = label_scores(evidence, moved)
+                    found = label_scores(enlarged(evidence, moved))
                 else:
                     found = concentration(evidence) if name == "mask-concentration" else label_scores(evidence)
             else:

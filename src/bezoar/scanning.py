@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bezoar.core.errors import BudgetSpent
 from bezoar.core.evidence import Scan
 from bezoar.core.method import Scanner
 from bezoar.core.pictures import change_picture, png, stamp_picture
@@ -17,9 +18,10 @@ from bezoar.core.run import Progress
 from bezoar.core.scored import Combination
 from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import InvertedTrigger, MaskedTrigger, Trigger
-from bezoar.evidence import combination, gather
+from bezoar.evidence import combination, gather, student_transfer
 from bezoar.ops.combined import verdict
-from bezoar.ops.verdict import Judgement, confirm, judge, lead
+from bezoar.ops.second_look import second_look
+from bezoar.ops.verdict import Judgement, RatioRule, confirm, judge, lead
 from bezoar.report.wording import sentence
 from bezoar.session import SCAN_HELD_OUT, Session
 
@@ -54,6 +56,9 @@ def scan_session(session: Session, method: Scanner) -> tuple[Report, dict[int, I
         dataclasses.replace(look, judgement=confirm(look.judgement, looks[0].evidence)) for look in looks[1:]
     ]
     place = lead([look.judgement for look in looks])
+    if looks[place].judgement.verdict == "inconclusive" and session.options.fpr is None:
+        looks = _again(session, looks)
+        place = lead([look.judgement for look in looks])
     gathered = gather(session)
     whole = combination(
         session,
@@ -98,6 +103,21 @@ def scan_session(session: Session, method: Scanner) -> tuple[Report, dict[int, I
         if label is not None and label != judged.target:
             triggers[label] = look.evidence.smallest(label)[1].trigger
     return report, triggers
+
+
+def _again(session: Session, looks: list[Look]) -> list[Look]:
+    """The searches with the verdicts of a second look, if there is time for one and anything to look at."""
+    finished = all(any(seed.finished for seed in look.evidence.seeds) for look in looks)
+    if not finished or session.clean.num_classes < RatioRule.least_labels:
+        return looks
+    try:
+        moved = student_transfer(session)
+    except BudgetSpent:
+        return looks
+    judged = second_look(
+        [look.evidence for look in looks], [look.judgement for look in looks], session.data.facts.names, moved
+    )
+    return [dataclasses.replace(look, judgement=one) for look, one in zip(looks, judged, strict=True)]
 
 
 def _together(session: Session, looks: list[Look], place: int, whole: Combination) -> tuple[int, list[Look]]:

@@ -86,23 +86,6 @@ def masked(*places: tuple[int, int], status: str = "complete") -> LabelScan:
     return LabelScan(float(len(places)), 1.0, status, True, MaskedTrigger(mask, torch.zeros(1, 28, 28)))
 
 
-def test_natural_triggers_count_as_larger():
-    labels = {label: masked(*([(5, 5 + k) for k in range(4 * (label + 1))])) for label in range(3)}  # 4, 8, 12 px
-    scan = Scan((SeedScan(0, labels, True),), 3, 784)
-    moved = {0: 0.05, 1: 0.4, 2: float("nan")}
-    asked = []
-
-    def transfer(label, found):
-        asked.append(found is labels[label])
-        return moved[label]
-
-    sizes = {0: 4 * math.exp(0.25), 1: 8 * math.exp(0.5), 2: 12.0}
-    scores = label_scores(scan, transfer).labels
-    assert scores[0] == pytest.approx(math.log((sizes[1] + sizes[2]) / 2 / sizes[0]))
-    assert scores[2] == pytest.approx(math.log((sizes[0] + sizes[1]) / 2 / sizes[2]))
-    assert asked == [True] * 3
-
-
 def test_concentration_is_the_share_of_the_densest_window():
     spread_out = [(0, 0), (0, 20), (20, 0), (20, 20)]
     labels = {

@@ -1,17 +1,19 @@
 """A student learns what clean images show, and no backdoor."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from bezoar.core.errors import BudgetSpent
+from bezoar.core.evidence import LabelScan, Scan, SeedScan
 from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.core.trigger import AdditiveTrigger, MaskedTrigger
 from bezoar.nets.convnet import ConvNet
-from bezoar.ops.student import taught, transfer
+from bezoar.ops.student import enlarged, taught, transfer
 from tests.toys import acc, asr, images, trained, trigger
 
 
@@ -78,6 +80,19 @@ def test_the_same_seed_gives_the_same_student_and_the_model_stays_as_it_was(stud
     assert torch.equal(random, torch.get_rng_state())
     other = taught(model, build, clean(), Run(seed=1))
     assert not all(torch.equal(a, b) for a, b in zip(student.parameters(), other.parameters(), strict=True))
+
+
+def test_triggers_that_move_the_student_count_as_larger():
+    stamp = MaskedTrigger(torch.zeros(1, 9, 9), torch.zeros(3, 9, 9))
+    labels = {label: LabelScan(4.0 + label, 1.0, "complete", True, stamp) for label in range(4)}
+    scan = Scan((SeedScan(0, labels, True), SeedScan(1, labels, False, 0.5)), 4, 81)
+    moved = {0: 0.0, 1: 0.05, 2: 0.4, 3: float("nan")}
+    found = enlarged(scan, lambda label, one: moved[label] if one is labels[label] else -1.0)
+    for seed in found.seeds:
+        sizes = [seed.labels[label].size for label in range(4)]
+        assert sizes == pytest.approx([4, 5 * math.exp(0.25), 6 * math.exp(0.5), 7])
+    assert [seed.finished for seed in found.seeds] == [True, False]
+    assert scan.seeds[0].labels[2].size == 6
 
 
 class Sides(nn.Module):

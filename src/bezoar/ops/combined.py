@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -25,15 +25,11 @@ from bezoar.core.scored import Verdict
 from bezoar.core.trigger import MaskedTrigger
 from bezoar.ops.stats import log_ratios
 
-#: How far the trigger of a label moves a student of the model, see :func:`bezoar.ops.student.transfer`.
-Transfer = Callable[[int, LabelScan], float]
 #: p-value above which a model is called clean.
 CLEAN = 0.1
 _FILE = "clean_nets.json"
 _BULK = 0.9  # quantile of the clean scores from which on their tail is taken to be exponential
 _WINDOW = 4.7  # sides of an image in the side of a window: 6 of 28 pixels
-_NATURAL = 0.1  # rise of a student's probability from which on a trigger is taken to be natural
-_ENLARGED = 0.5  # logarithm of how many times as large a natural trigger counts; both chosen on the shared set
 _PRIOR = 3  # as many labels the usual spread counts for, beside those of the net
 #: Which of the other labels a label is held against in the sum of all sources, and the share of the error rate that the
 #: look may use up: the first is for one infected label, the others for two, and for up to four.
@@ -43,38 +39,27 @@ _RESAMPLES = 200  # of the clean nets, for the uncertainty of their distribution
 _EULER = 0.5772156649015329
 
 
-def label_scores(scan: Scan, transfer: Transfer | None = None) -> Scores:
+def label_scores(scan: Scan) -> Scores:
     """A search for triggers as scores: how many times smaller a label's trigger is than that of the other labels.
 
     Args:
         scan: Evidence of a search; over several seeds, medians.
-        transfer: How far the trigger of a label moves a student of the model, in [0, 1] (NaN where that is unknown). A
-            trigger that does is made of natural features, and counts as up to 1.65 times as large.
 
     Returns:
         The natural logarithm of the median size of the other reference labels over the label's own size; at most 0
         where the trigger never worked.
     """
     return _over_seeds(
-        scan,
-        partial(_smaller, transfer=transfer),
-        "how many times smaller the label's trigger is than the usual one, as a natural logarithm"
-        + (", after triggers of natural features were counted as larger" if transfer is not None else ""),
+        scan, _smaller, "how many times smaller the label's trigger is than the usual one, as a natural logarithm"
     )
 
 
-def _smaller(seed: SeedScan, transfer: Transfer | None) -> dict[int, float]:
-    sizes = {label: max(1e-9, found.size * _enlarged(label, found, transfer)) for label, found in seed.labels.items()}
+def _smaller(seed: SeedScan) -> dict[int, float]:
     out = {}
-    for label, size in sizes.items():
-        others = [sizes[other] for other, one in seed.labels.items() if one.reference and other != label]
-        out[label] = math.log(float(np.median(others or [size])) / size)
+    for label, found in seed.labels.items():
+        others = [one.size for other, one in seed.labels.items() if one.reference and other != label]
+        out[label] = math.log(max(1e-9, float(np.median(others or [found.size]))) / max(1e-9, found.size))
     return out
-
-
-def _enlarged(label: int, found: LabelScan, transfer: Transfer | None) -> float:
-    moved = 0.0 if transfer is None else transfer(label, found)
-    return 1.0 if math.isnan(moved) else math.exp(_ENLARGED * min(1.0, moved / _NATURAL))
 
 
 def concentration(scan: Scan) -> Scores:
