@@ -42,7 +42,7 @@ from bezoar.evaluation.splits import read_splits
 from bezoar.evidence import student_transfer
 from bezoar.nets.registry import find as find_net
 from bezoar.ops.combined import concentration, label_scores
-from bezoar.ops.student import Transfer, enlarged
+from bezoar.ops.student import Transfer, discounted
 from bezoar.options import ModelOptions, RunOptions
 from bezoar.scanners.additive_inversion import AdditiveInversion
 from bezoar.scanners.neural_cleanse import NeuralCleanse
@@ -156,7 +156,7 @@ def score(net: Net, name: str, seed: int) -> dict[str, Any]:
                 evidence, cost = _searched(session, method, key)
                 if name.endswith("-student"):
                     moved, cost = _student(session, key, cost)
-                    found = label_scores(enlarged(evidence, moved))
+                    found = label_scores(discounted(evidence, moved))
                 else:
                     found = concentration(evidence) if name == "mask-concentration" else label_scores(evidence)
             else:

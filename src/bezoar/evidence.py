@@ -14,7 +14,7 @@ from bezoar.core.run import Progress
 from bezoar.core.scored import Combination, Evidence, LabelScore, Source, Verdict
 from bezoar.nets.convnet import ConvNet
 from bezoar.ops.combined import calibration, clean_sources, combine, concentration, label_scores, rule_text
-from bezoar.ops.student import Transfer, enlarged, taught, transfer
+from bezoar.ops.student import Transfer, discounted, taught, transfer
 from bezoar.ops.verdict import RatioRule
 from bezoar.session import Session
 
@@ -103,7 +103,7 @@ def combination(
     moved = gathered.transfer
     if fpr is None or moved is None or not complete or session.clean.num_classes < RatioRule.least_labels:
         return None
-    scores = {name: label_scores(enlarged(scan, moved)) for name, scan in searches.items()} | gathered.scores
+    scores = {name: label_scores(discounted(scan, moved)) for name, scan in searches.items()} | gathered.scores
     if MASKS in searches:
         scores[CONCENTRATION] = concentration(searches[MASKS])
     labels = {name: scores[name].labels for name in sorted(scores) if name in clean_sources()}

@@ -56,7 +56,7 @@ def scan_session(session: Session, method: Scanner) -> tuple[Report, dict[int, I
         dataclasses.replace(look, judgement=confirm(look.judgement, looks[0].evidence)) for look in looks[1:]
     ]
     place = lead([look.judgement for look in looks])
-    if looks[place].judgement.verdict == "inconclusive" and session.options.fpr is None:
+    if looks[place].judgement.verdict != "clean" and session.options.fpr is None:
         looks = _again(session, looks)
         place = lead([look.judgement for look in looks])
     gathered = gather(session)

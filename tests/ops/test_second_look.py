@@ -1,6 +1,7 @@
 """A second look at what was inconclusive, with a student of the model."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ import torch
 from bezoar.core.evidence import LabelScan, Scan, SeedScan
 from bezoar.core.trigger import MaskedTrigger
 from bezoar.ops.second_look import second_look
-from bezoar.ops.student import NATURAL
 from bezoar.ops.verdict import judge
 
 NAMES = tuple("abcdefghij")
@@ -35,7 +35,7 @@ def test_a_planted_trigger_stands_apart_once_natural_ones_count_as_larger():
     assert "student" in found.rule.text
     assert [one.size for one in found.labels] == [one.size for one in judge(CROWDED, NAMES).labels]
     last = found.rule.figures[-1]
-    assert (last.name, last.value, last.bound, last.passed) == ("transfer to a student", 0.0, NATURAL, True)
+    assert (last.name, last.value, last.bound, last.passed) == ("transfer to a student", 0.0, 1.0, True)
 
 
 def test_where_all_triggers_are_alike_the_verdict_stays_and_the_figure_is_shown():
@@ -44,7 +44,15 @@ def test_where_all_triggers_are_alike_the_verdict_stays_and_the_figure_is_shown(
     assert found == dataclasses.replace(
         before, rule=dataclasses.replace(before.rule, figures=(*before.rule.figures, found.rule.figures[-1]))
     )
-    assert (found.rule.figures[-1].value, found.rule.figures[-1].passed) == (0.3, False)
+    assert (found.rule.figures[-1].value, found.rule.figures[-1].passed) == (1.0, False)
+
+
+def test_a_trigger_that_moves_the_student_counts_as_larger():
+    moved = {0: 0.02, 1: 0.4, 2: float("nan")}
+    found = look(scan(14, 51, 46, 46, 38, 71, 29, 82, 22, 67), {8: 0.3, 6: 0.2} | moved)
+    ratio = next(one.value for one in found.rule.figures if one.name == "size ratio")
+    larger = [14 * math.exp(0.1), 51 * math.exp(0.5), 46, 46, 38, 71, 29 * math.exp(0.5), 82, 22 * math.exp(0.5), 67]
+    assert (found.verdict, ratio) == ("backdoored", pytest.approx(larger[0] / sorted(larger[1:])[4]))
 
 
 def test_it_never_says_clean():
@@ -53,13 +61,27 @@ def test_it_never_says_clean():
     assert look(found, {0: 0.3}).verdict == "inconclusive"
 
 
-def test_it_changes_nothing_but_what_was_inconclusive():
+def test_what_was_clean_stays_so():
     clean = scan(48, 51, 50, 52, 51, 53, 50, 52, 51, 50)
     assert look(clean, {label: 0.3 for label in range(1, 10)}).verdict == "clean"
-    planted = scan(5, 51, 50, 52, 51, 53, 50, 52, 51, 50)
-    found = look(planted, {0: 0.3})
+
+
+PLANTED = scan(5, 51, 50, 52, 51, 53, 50, 52, 51, 50)
+
+
+@pytest.mark.parametrize("moved", [{}, {0: 0.09}, {0: 0.3} | dict.fromkeys(range(1, 10), 0.4)])
+def test_a_planted_trigger_moves_the_student_less_than_natural_ones(moved):
+    found = look(PLANTED, moved)
     assert (found.verdict, found.target) == ("backdoored", 0)
-    assert found.rule.text == judge(planted, NAMES).rule.text
+    assert found.rule.text == judge(PLANTED, NAMES).rule.text
+
+
+@pytest.mark.parametrize("moved", [{0: 0.11}, {0: 0.5} | dict.fromkeys(range(1, 10), 0.4)])
+def test_a_natural_trigger_is_no_backdoor(moved):
+    assert judge(PLANTED, NAMES).verdict == "backdoored"
+    found = look(PLANTED, moved)
+    assert (found.verdict, found.target, found.leader) == ("inconclusive", None, 0)
+    assert "may be natural" in found.rule.text
 
 
 @pytest.mark.parametrize("seeds", [1, 3])

@@ -1,7 +1,6 @@
 """A student learns what clean images show, and no backdoor."""
 
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.core.trigger import AdditiveTrigger, MaskedTrigger
 from bezoar.nets.convnet import ConvNet
-from bezoar.ops.student import enlarged, taught, transfer
+from bezoar.ops.student import COUNTS, NATURAL, discounted, taught, transfer
 from tests.toys import acc, asr, images, trained, trigger
 
 
@@ -82,17 +81,31 @@ def test_the_same_seed_gives_the_same_student_and_the_model_stays_as_it_was(stud
     assert not all(torch.equal(a, b) for a, b in zip(student.parameters(), other.parameters(), strict=True))
 
 
-def test_triggers_that_move_the_student_count_as_larger():
+def scan_of(sizes: list[float]) -> Scan:
     stamp = MaskedTrigger(torch.zeros(1, 9, 9), torch.zeros(3, 9, 9))
-    labels = {label: LabelScan(4.0 + label, 1.0, "complete", True, stamp) for label in range(4)}
-    scan = Scan((SeedScan(0, labels, True), SeedScan(1, labels, False, 0.5)), 4, 81)
-    moved = {0: 0.0, 1: 0.05, 2: 0.4, 3: float("nan")}
-    found = enlarged(scan, lambda label, one: moved[label] if one is labels[label] else -1.0)
+    labels = {label: LabelScan(size, 1.0, "complete", True, stamp) for label, size in enumerate(sizes)}
+    return Scan((SeedScan(0, labels, True), SeedScan(1, labels, False, 0.5)), len(sizes), 81)
+
+
+def test_small_triggers_that_move_the_student_count_as_nearer_to_the_usual_size():
+    scan = scan_of([4.0, 10.0, 20.0, 30.0, 40.0])
+    moved = {0: 0.03, 1: 0.4, 2: 0.5, 3: float("nan"), 4: 0.1}
+    found = discounted(scan, lambda label, one: moved[label] if one is scan.seeds[0].labels[label] else -1.0)
+    # The others of 0 rise by 0.25 in the median (unknown is nothing), those of 1 by less than NATURAL.
+    first = 25 * (4 / 25) ** (1 - (1 - COUNTS) * 0.03 / 0.25)
+    second = 25 * (10 / 25) ** COUNTS
+    third = 20 * (20 / 20) ** 1
     for seed in found.seeds:
-        sizes = [seed.labels[label].size for label in range(4)]
-        assert sizes == pytest.approx([4, 5 * math.exp(0.25), 6 * math.exp(0.5), 7])
+        assert [one.size for one in seed.labels.values()] == pytest.approx([first, second, third, 30, 40])
     assert [seed.finished for seed in found.seeds] == [True, False]
-    assert scan.seeds[0].labels[2].size == 6
+    assert scan.seeds[0].labels[1].size == 10
+
+
+def test_where_no_trigger_moves_the_student_a_small_rise_says_little():
+    scan = scan_of([4.0, 20.0, 20.0])
+    found = discounted(scan, lambda label, _: 0.02 if label == 0 else 0.0)
+    weight = 1 - (1 - COUNTS) * 0.02 / NATURAL
+    assert found.seeds[0].labels[0].size == pytest.approx(20 * 0.2**weight)
 
 
 class Sides(nn.Module):

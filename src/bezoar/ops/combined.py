@@ -267,8 +267,9 @@ def rule_text(fpr: float) -> str:
     """The rule in words."""
     doubt = f", clean above {CLEAN:.2g}, and inconclusive between the two" if fpr < CLEAN else ", clean above"
     return (
-        "Every source scores every label; a trigger that also moves a student of the model, which was taught on clean "
-        "images alone, is made of natural features and counts as up to 1.65 times as large. How far a label stands out "
+        "Every source scores every label; a small trigger that also moves a student of the model, which was taught on "
+        "clean images alone, is made of natural features and counts as nearer to the usual size. How far a label "
+        "stands out "
         "from the others is told in how rarely a label of a clean net does (its surprise, as a power of ten); the "
         "surprises of all sources are added up, and the largest sum is held against the largest sums of clean nets, "
         "and so is each source alone, which gives the p-value; looking several times is counted in. The model is "

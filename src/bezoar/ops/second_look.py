@@ -1,21 +1,28 @@
-"""A second look at an inconclusive verdict: is a small trigger planted, or a natural feature?"""
+"""A second look at a verdict: is a small trigger planted, or a natural feature?"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from bezoar.core.evidence import Scan
+from bezoar.core.evidence import LabelScan, Scan, SeedScan
 from bezoar.core.results import Figure
-from bezoar.ops.student import NATURAL, Transfer, enlarged
+from bezoar.ops.student import NATURAL, Transfer, naturalness
 from bezoar.ops.verdict import Judgement, confirm, judge
 
-_TEXT = (
+#: Logarithm of how many times as large a natural trigger counts; chosen on the shared set of small victims.
+_LARGER = 0.5
+_FOUND = (
     " Since that was inconclusive, a student of the model was taught on clean images, which tells natural features "
     "from what was planted: a trigger that moves the student as well counts as up to 1.65 times as large. The figures "
     "are those after that; they can make the verdict backdoored, never clean."
+)
+_NATURAL = (
+    " A student of the model was taught on clean images, which tells natural features from what was planted. The "
+    "label's trigger moves the student as well, so it may be natural, and the verdict is inconclusive."
 )
 
 
@@ -24,8 +31,8 @@ def second_look(
 ) -> list[Judgement]:
     """Judge searches anew with a student of the model.
 
-    In clean models of some data the smallest natural trigger of one label is far smaller than the others, and beside it
-    a planted one of another label does not stand apart.
+    In clean models of some data the natural trigger of one label is far smaller than the others. It must not pass for a
+    planted one; and beside it a planted one of another label does not stand apart.
 
     Args:
         scans: Evidence of each search, that for masks first.
@@ -34,28 +41,43 @@ def second_look(
         moved: How far triggers move a student of the model.
 
     Returns:
-        Each judgement: that on the sizes after the student where it says ``backdoored``, else the one that was given;
-        both with one figure more.
+        Each judgement with one figure more: an inconclusive one on the sizes after the student where these say
+        ``backdoored``; one that says ``backdoored`` becomes inconclusive where the trigger is natural.
     """
-    larger = [enlarged(scan, moved) for scan in scans]
+    larger = [_enlarged(scan, moved) for scan in scans]
     fresh = [judge(scan, names) for scan in larger]
     fresh[1:] = [confirm(one, larger[0]) for one in fresh[1:]]
     return [_chosen(before, after, scan, moved) for before, after, scan in zip(judgements, fresh, scans, strict=True)]
+
+
+def _enlarged(scan: Scan, moved: Transfer) -> Scan:
+    def one(label: int, found: LabelScan) -> LabelScan:
+        far = moved(label, found)
+        part = 0.0 if math.isnan(far) else min(1.0, far / NATURAL)
+        return dataclasses.replace(found, size=found.size * math.exp(_LARGER * part))
+
+    def each(seed: SeedScan) -> SeedScan:
+        return dataclasses.replace(seed, labels={label: one(label, found) for label, found in seed.labels.items()})
+
+    return dataclasses.replace(scan, seeds=tuple(each(seed) for seed in scan.seeds))
 
 
 def _chosen(before: Judgement, after: Judgement, scan: Scan, moved: Transfer) -> Judgement:
     found = after.verdict == "backdoored" and before.verdict == "inconclusive"
     # Sizes are shown as they were found.
     one = dataclasses.replace(after, labels=before.labels) if found else before
-    far = [moved(one.leader, seed.labels[one.leader]) for seed in scan.seeds if one.leader in seed.labels]
+    rates = [naturalness(seed, moved)[one.leader] for seed in scan.seeds if one.leader in seed.labels]
+    value = float(np.median(rates)) if rates else float("nan")
     figure = Figure(
         name="transfer to a student",
-        value=float(np.median(far)) if far else float("nan"),
-        bound=NATURAL,
-        passed=bool(far) and float(np.median(far)) < NATURAL,
-        meaning="rise of the label's probability in a student taught on clean images; a natural feature moves it too",
+        value=value,
+        bound=1.0,
+        passed=value < 1,
+        meaning="rise of the label's probability in a student that was taught on clean images alone, over that by the "
+        f"triggers of other labels (or {NATURAL:.2g}); from 1 on, the trigger is made of natural features",
     )
-    rule = dataclasses.replace(
-        one.rule, text=one.rule.text + (_TEXT if found else ""), figures=(*one.rule.figures, figure)
-    )
+    text = one.rule.text + (_FOUND if found else "")
+    if before.verdict == "backdoored" and not figure.passed:
+        one, text = dataclasses.replace(one, verdict="inconclusive", target=None), text + _NATURAL
+    rule = dataclasses.replace(one.rule, text=text, figures=(*one.rule.figures, figure))
     return dataclasses.replace(one, rule=rule)

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,11 +26,11 @@ from bezoar.ops.objective import Stateless
 
 #: How far the trigger of a label moves a student, see :func:`transfer`.
 Transfer = Callable[[int, LabelScan], float]
-#: Rise of a student's probability from which on a trigger is taken to be natural, and the logarithm of how many times
-#: as large it counts then. Both were chosen on the shared set of small victims.
-NATURAL, ENLARGED = 0.1, 0.5
+#: Least rise of a student's probability at which a trigger is taken to be natural, and how much of the distance between
+#: its size and the usual one (on a logarithmic scale) counts then. Both were chosen on the shared set of small victims.
+NATURAL, COUNTS = 0.1, 0.3
 _SIDE = 32  # pixels a side that a student sees at most
-_VIEWS = 4096  # images that the model is asked about: crops, and half of them mixed with another
+_VIEWS, _EACH = 4096, 17  # most crops that the model is asked about, half of them mixed with another; most of an image
 _EPOCHS = 5
 _CHUNK = 128
 
@@ -79,7 +80,7 @@ class _Answers(Stateless):
 def _lessons(model: nn.Module, clean: Clean, run: Run) -> tuple[Tensor, Tensor]:
     """``(V, C, H, W)`` views of the clean images, and ``(V, K)`` the model's probabilities."""
     draw, pad = run.generator("student"), max(1, round(min(clean.shape[1:]) / 14))
-    order = torch.cat([torch.randperm(len(clean.x), generator=draw) for _ in range(-(-_VIEWS // len(clean.x)))])
+    order = torch.cat([torch.randperm(len(clean.x), generator=draw) for _ in range(_EACH)])
     views, answers = [], []
     with frozen(model):
         for number, rows in enumerate(torch.split(order[:_VIEWS], _CHUNK)):
@@ -119,20 +120,46 @@ def transfer(
     return max(0.0, float(torch.cat(rises).mean()))
 
 
-def enlarged(scan: Scan, moved: Transfer) -> Scan:
-    """A search in which triggers that also move a student count as larger, by a factor of up to ``exp(ENLARGED)``.
+def discounted(scan: Scan, moved: Transfer) -> Scan:
+    """A search in which small triggers that move a student too count as nearer to the usual size.
+
+    A trigger is taken to be natural as far as it moves the student as much as those of the other labels do, and by at
+    least ``NATURAL``. Of how much smaller a wholly natural one is than the median, ``COUNTS`` is left, on a logarithmic
+    scale.
 
     Args:
         scan: Evidence of the search.
         moved: How far the trigger of a label moves the student; NaN where that is unknown.
     """
+    return dataclasses.replace(scan, seeds=tuple(_discounted(seed, moved) for seed in scan.seeds))
 
-    def one(label: int, found: LabelScan) -> LabelScan:
-        far = moved(label, found)
-        part = 0.0 if math.isnan(far) else min(1.0, far / NATURAL)
-        return dataclasses.replace(found, size=found.size * math.exp(ENLARGED * part))
 
-    def each(seed: SeedScan) -> SeedScan:
-        return dataclasses.replace(seed, labels={label: one(label, found) for label, found in seed.labels.items()})
+def _discounted(seed: SeedScan, moved: Transfer) -> SeedScan:
+    natural = naturalness(seed, moved)
+    labels = {}
+    for label, found in seed.labels.items():
+        sizes = [one.size for other, one in seed.labels.items() if one.reference and other != label]
+        usual = float(np.median(sizes)) if sizes else found.size
+        if found.size < usual:
+            weight = 1 - (1 - COUNTS) * min(1.0, natural[label])
+            found = dataclasses.replace(found, size=usual * (max(found.size, 1e-9) / usual) ** weight)
+        labels[label] = found
+    return dataclasses.replace(seed, labels=labels)
 
-    return dataclasses.replace(scan, seeds=tuple(each(seed) for seed in scan.seeds))
+
+def naturalness(seed: SeedScan, moved: Transfer) -> dict[int, float]:
+    """How far each trigger moves the student, over how far the median of the other labels' does, or ``NATURAL``.
+
+    Args:
+        seed: Evidence of a search.
+        moved: How far the trigger of a label moves the student; NaN counts as not at all.
+
+    Returns:
+        By label; from 1 on, a trigger is wholly made of natural features.
+    """
+    far = {label: moved(label, found) for label, found in seed.labels.items()}
+    far = {label: 0.0 if math.isnan(value) else value for label, value in far.items()}
+    return {
+        label: value / max(NATURAL, float(np.median([v for other, v in far.items() if other != label] or [0.0])))
+        for label, value in far.items()
+    }
