@@ -6,9 +6,9 @@
     python benchmarks/scorers.py --part attacks --threads 1
     python benchmarks/combine.py --table
 
-``--fit`` writes the scores of the clean nets of the shared set into the package; nothing else goes into the p-value, no
-backdoored net in particular. ``--table`` judges all other nets whose evidence is there, and, held apart, those of the
-shared set, each clean one against the others.
+``--fit`` writes the scores of the clean nets of the shared and the fresh set into the package; nothing else goes into
+the p-value, no backdoored net in particular. ``--table`` judges each net by the clean nets of other kinds alone: none
+of the same data and architecture takes part.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from scorers import auroc, read, tpr
 
 #: What a combined verdict rests on, and what it can take in besides.
 SEARCHED = (MASKS, CONCENTRATION, "additive-inversion")
+Kind = tuple[str, str]
 SOURCES = (*SEARCHED, *COMBINED)
 #: Names of the rows of scorers.py, where a source has another one: what counts are sizes after the student.
 ROWS = {"neural-cleanse": "neural-cleanse-student", "additive-inversion": "additive-inversion-student"}
@@ -67,30 +68,34 @@ def collected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [net for net in nets.values() if all(source in net["scores"] for source in SEARCHED)]
 
 
-def clean_set(nets: list[dict[str, Any]]) -> list[CleanNet]:
-    """The clean nets of the shared set, with the scores of all their labels in order."""
+def calibration(nets: list[dict[str, Any]]) -> list[tuple[Kind, CleanNet]]:
+    """The clean nets of the shared and the fresh set with their kinds, and the scores of all their labels in order."""
     return [
-        CleanNet(net["name"], {s: tuple(one[k] for k in sorted(one)) for s, one in net["scores"].items()})
-        for net in sorted(nets, key=lambda one: str(one["name"]))
-        if net["part"] == "set" and not net["planted"]
+        (kind(net), CleanNet(net["name"], {s: tuple(one[k] for k in sorted(one)) for s, one in net["scores"].items()}))
+        for net in sorted(nets, key=lambda one: (str(one["part"]), str(one["name"])))
+        if net["part"] in ("set", "fresh") and not net["planted"]
     ]
 
 
+def kind(net: dict[str, Any]) -> Kind:
+    """Data and architecture of a net."""
+    return str(net["data"]), str(net["arch"])
+
+
 def fit(nets: list[dict[str, Any]]) -> None:
-    """Write the clean nets of the shared set into the package, those with all sources."""
+    """Write the scores of the clean nets into the package: those of the searches, and of the scorers where they are."""
     found = [
-        {"name": net.name, "scores": {source: net.scores[source] for source in SOURCES}}
-        for net in clean_set(nets)
-        if all(source in net.scores for source in SOURCES)
+        {"name": net.name, "scores": {source: net.scores[source] for source in SOURCES if source in net.scores}}
+        for _, net in calibration(nets)
     ]
     lines = ",\n".join("  " + json.dumps(one) for one in found)
     write_atomic(clean_nets_file(), f'{{\n "made_by": "benchmarks/combine.py --fit",\n "nets": [\n{lines}\n ]\n}}\n')
     print(f"{len(found)} clean nets written to {clean_nets_file()}")
 
 
-def judged(net: dict[str, Any], sources: tuple[str, ...], reference: list[CleanNet]) -> dict[str, Any]:
-    """P-value and label of a net, from some of the sources; a net is never held against itself."""
-    others = [one for one in reference if one.name != net["name"]]
+def judged(net: dict[str, Any], sources: tuple[str, ...], reference: list[tuple[Kind, CleanNet]]) -> dict[str, Any]:
+    """P-value and label of a net, from some of the sources; it is held against clean nets of other kinds alone."""
+    others = [one for its, one in reference if its != kind(net)]
     whole = combine({source: net["scores"][source] for source in sources}, others)
     return net | {"pvalue": whole.pvalue, "label": whole.target}
 
@@ -102,15 +107,15 @@ def table(nets: list[dict[str, Any]], fpr: float) -> str:
         f"p at most {fpr:g}: backdoored, clean | p above 0.1 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    reference = clean_set(nets)
+    reference = calibration(nets)
     looks: list[tuple[str, tuple[str, ...]]] = [("searches and student", SEARCHED), ("without the student", NO_STUDENT)]
     looks += [("with the scorers", SOURCES), *((source, (source,)) for source in (*SOURCES, *RAW.values()))]
     for name, sources in looks:
         rows = [judged(net, sources, reference) for net in nets if all(s in net["scores"] for s in sources)]
-        for part in ("set", "fresh", "attacks", "published"):
-            some = [row for row in rows if row["part"] == part]
+        for part in ("all", "set", "fresh", "attacks", "published"):
+            some = [row for row in rows if part in ("all", row["part"])]
             if some:
-                lines += _families(name, part, some, fpr)[: None if sources == SEARCHED else 1]
+                lines += _families(name, part, some, fpr)[: None if (sources, part) == (SEARCHED, "all") else 1]
     return "\n".join(lines)
 
 
@@ -150,7 +155,7 @@ def main() -> None:
     if arguments.table:
         print(table(nets, arguments.fpr))
     if arguments.each:
-        for row in sorted((judged(net, SEARCHED, clean_set(nets)) for net in nets), key=lambda row: row["pvalue"]):
+        for row in sorted((judged(net, SEARCHED, calibration(nets)) for net in nets), key=lambda row: row["pvalue"]):
             print(f"{row['pvalue']:.2e} {row['label']:>3} {row['targets']!s:8} {row['part']} {row['name']}")
 
 

@@ -255,7 +255,7 @@ def _line(name: str, family: str, found: list[dict[str, Any]], clean: list[dict[
     claimed = [row for row in found if row["targets"]]
     right = f"{sum(row['leader'] in row['targets'] for row in claimed)} of {len(claimed)}"
     rule = ", ".join(f"{sum(row['suspect'] is True for row in rows)} of {len(rows)}" for rows in (found, clean))
-    seconds = median([row["seconds"] for row in found + clean]) if found + clean else float("nan")
+    seconds = median([row["seconds"] for row in found + clean if row["seconds"] is not None] or [float("nan")])
     rates = " | ".join(f"{tpr(positive, negative, fpr):.2f}" for fpr in (0.01, 0.05))
     return (
         f"| {name} | {family} | {len(found)} / {len(clean)} | {auroc(positive, negative):.2f} | {rates} | {right} | "

@@ -19,6 +19,7 @@ from bezoar.ops.combined import (
     Tail,
     apart,
     clean_nets,
+    clean_sources,
     combine,
     concentration,
     label_scores,
@@ -189,7 +190,16 @@ def test_verdict(pvalue, fpr, alone, expected):
 
 def test_clean_nets_of_the_package():
     nets = clean_nets()
-    assert len(nets) >= 20
+    searches = {MASKS, CONCENTRATION, "additive-inversion"}
+    assert len(nets) >= 60
     for net in nets:
-        assert set(net.scores) == {MASKS, CONCENTRATION, "additive-inversion", *COMBINED}
+        assert searches <= set(net.scores) <= searches | set(COMBINED)
         assert len({len(values) for values in net.scores.values()}) == 1
+    assert sum(set(COMBINED) <= set(net.scores) for net in nets) >= 20
+    assert clean_sources() == searches | set(COMBINED)
+
+
+def test_a_source_that_few_clean_nets_know_takes_no_part(monkeypatch):
+    nets = [CleanNet(str(n), {"a": (0.0, 1.0)} | ({"b": (0.0, 1.0)} if n < 19 else {})) for n in range(20)]
+    monkeypatch.setattr("bezoar.ops.combined.clean_nets", lambda: tuple(nets))
+    assert clean_sources() == {"a"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -35,6 +36,7 @@ _PRIOR = 3  # as many labels the usual spread counts for, beside those of the ne
 #: look may use up: the first is for one infected label, the others for two, and for up to four.
 _LOOKS = ((1, 0.4), (2, 0.05), (4, 0.05))
 _ALONE = 0.5  # the same of the looks at one source each, together: some triggers are plain to one source only
+_LEAST = 20  # clean nets that a source must have been measured on
 _RESAMPLES = 200  # of the clean nets, for the uncertainty of their distribution
 _EULER = 0.5772156649015329
 
@@ -190,8 +192,9 @@ def clean_nets() -> tuple[CleanNet, ...]:
 
 
 def clean_sources() -> frozenset[str]:
-    """Sources that every clean net of the package was measured with."""
-    return frozenset.intersection(*(frozenset(net.scores) for net in clean_nets()))
+    """Sources that enough clean nets of the package were measured with."""
+    count = Counter(source for net in clean_nets() for source in net.scores)
+    return frozenset(source for source, nets in count.items() if nets >= _LEAST)
 
 
 def clean_nets_file() -> Path:
