@@ -32,6 +32,10 @@ class Case:
     attack: str
     targets: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not self.targets and self.target not in (None, -1):
+            object.__setattr__(self, "targets", (self.target,))
+
     def clean_images(self, seed: int, count: int = 500) -> tuple[Tensor, Tensor]:
         """A random draw of test images, as many of each class as there are."""
         split = load(self.data)

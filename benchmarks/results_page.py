@@ -30,6 +30,7 @@ from victims import OUT
 import attacks
 import filters
 import scorers
+import second_look
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -190,6 +191,7 @@ def main() -> None:
         "SPEED": _speed(),
         "PEERS": _peers(),
         "SCALING": scaling.table(jsonl.read(scaling.RESULTS) + jsonl.read(scaling.MEMORY)),
+        "SECOND": second_look.table(jsonl.read(second_look.RESULTS)),
         "TOGETHER": combine.table(combine.collected(scorers.read()), 0.01),
         "UNLEARN": _unlearning(),
         "STRESS": stress.table(jsonl.read(stress.RESULTS)),

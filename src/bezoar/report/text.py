@@ -52,6 +52,9 @@ def _scan_rows(report: Report) -> list[tuple[str, str]]:
             value, bound = (wording.number(v) for v in ratio)
             rows.append(("Size ratio", f"{value} of the median of the other labels (suspect: at most {bound})"))
         rows.append(("Anomaly index", f"{wording.number(evidence.index)} (decides nothing)"))
+        moved = wording.natural(report)
+        if moved is not None:
+            rows.append(("Natural", f"{wording.number(moved.value)} (from 1 on, it moves a student of the model too)"))
     if report.combination is not None:
         rows.append(("All together", together(report, report.combination)))
     rows += [_search_row(report, search) for search in report.searches]

@@ -233,6 +233,12 @@ def size_ratio(report: Report) -> tuple[float, float] | None:
     return next(((f.value, f.bound) for f in figures if f.name == "size ratio" and math.isfinite(f.value)), None)
 
 
+def natural(report: Report) -> Figure | None:
+    """How far the trigger moves a student of the model too, where that was measured."""
+    figures = report.rule.figures if report.rule else ()
+    return next((f for f in figures if f.name == "transfer to a student" and math.isfinite(f.value)), None)
+
+
 def index_bound(report: Report) -> float | None:
     """Bound that the rule holds the anomaly index against, or None if it uses none."""
     figures = report.rule.figures if report.rule else ()
@@ -372,6 +378,9 @@ def next_steps(report: Report) -> str:
             "With so few labels there is nothing to compare with: look at the trigger. A tiny one that works everywhere"
             f" is suspect; bezoar purify {model} --data {data} --label N --out cleaned unlearns it."
         )
+    moved = natural(report)
+    if report.verdict == "inconclusive" and moved is not None and not moved.passed:
+        return "The trigger may be a natural feature of the label: look at its picture, and scan with more images."
     if report.verdict == "inconclusive":
         return "Scan again with more clean images or more seeds (--seeds 5)" + (
             ", and a larger budget." if report.run.budget_spent else "."
