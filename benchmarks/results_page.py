@@ -20,6 +20,7 @@ import guard
 import jsonl
 import purify
 import scaling
+import second_look
 import stress
 import student
 import sweep
@@ -30,7 +31,6 @@ from victims import OUT
 import attacks
 import filters
 import scorers
-import second_look
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -14,7 +14,7 @@ def told(value: float) -> Report:
     report = dataclasses.replace(samples.backdoored(), verdict="inconclusive", target=None)
     figure = Figure(name="transfer to a student", value=value, bound=1.0, passed=value < 1, meaning="")
     return dataclasses.replace(
-        report, rule=dataclasses.replace(report.rule, figures=(*report.rule.figures, figure)), summary=""
+        report, rule=dataclasses.replace(report.rule, figures=(*report.rule.figures, figure)), summary="", cleaning=None
     )
 
 
