@@ -155,7 +155,7 @@ def score(net: Net, name: str, seed: int) -> dict[str, Any]:
                 key = (case.part, case.name, seed)
                 evidence, cost = _searched(session, method, key)
                 if name.endswith("-student"):
-                    moved, cost = _student(session, key, cost)
+                    moved, cost = _student(session, evidence, cost)
                     found = label_scores(discounted(evidence, moved))
                 else:
                     found = concentration(evidence) if name == "mask-concentration" else label_scores(evidence)
@@ -189,17 +189,11 @@ def _searched(session: Session, method: Scanner, net: tuple[Any, ...]) -> tuple[
     return _LAST[key]
 
 
-_TAUGHT: dict[tuple[Any, ...], tuple[Transfer, dict[str, Any]]] = {}
-
-
-def _student(session: Session, net: tuple[Any, ...], search: dict[str, Any]) -> tuple[Transfer, dict[str, Any]]:
-    """How far triggers move a student, taught once for each net, and what it cost with the search."""
-    if net not in _TAUGHT:
-        start, before = time.perf_counter(), time.process_time()
-        moved = student_transfer(session)
-        _TAUGHT.clear()
-        _TAUGHT[net] = moved, _cost(session, start, before)
-    moved, cost = _TAUGHT[net]
+def _student(session: Session, scan: Scan, search: dict[str, Any]) -> tuple[Transfer, dict[str, Any]]:
+    """How far the triggers of a search move a student, and what it cost with the search."""
+    start, before = time.perf_counter(), time.process_time()
+    moved = student_transfer(session, [scan])
+    cost = _cost(session, start, before)
     return moved, search | {k: round(search[k] + cost[k], 1) for k in ("seconds", "cpu_seconds")}
 
 

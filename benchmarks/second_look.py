@@ -66,7 +66,7 @@ def run_one(net: Net) -> dict[str, Any]:
     with open_session(net.model, net.case.clean_images(0), _options(net), RunOptions(), None) as session:
         methods = (NeuralCleanse(seeds=1), AdditiveInversion(seeds=1))
         scans = [look_for(session, method).evidence for method in methods]
-        return line(net, scans, session.data.facts.names, student_transfer(session))
+        return line(net, scans, session.data.facts.names, student_transfer(session, scans))
 
 
 def kind(row: dict[str, Any], when: str) -> str:

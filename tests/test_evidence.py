@@ -145,14 +145,42 @@ def test_scorers_that_are_asked_add_to_a_combined_verdict():
     assert COMBINED[1] in {one.method for one in found.combination.sources}
 
 
-def test_without_time_for_a_student_the_searches_judge_alone(monkeypatch):
-    def late(_session):
-        raise BudgetSpent("the budget is spent")
+def looked(monkeypatch, moved, **options):
+    """A scan of the backdoored toy with what its student says, or an error, in place of a student."""
 
-    monkeypatch.setattr("bezoar.evidence.student_transfer", late)
-    found = bezoar.scan(trained(backdoored=True), images(120, seed=7), seeds=1, resume=False, fpr=0.05).report
-    assert found.combination is None
-    assert any("teach a student" in one for one in found.warnings)
+    def student(session, scans):
+        if isinstance(moved, Exception):
+            raise moved
+        target = bezoar.evidence.label_scores(next(iter(scans))).leader
+        return lambda label, _: moved if label == target else 0.0
+
+    monkeypatch.setattr("bezoar.evidence.student_transfer", student)
+    monkeypatch.setattr("bezoar.scanning.student_transfer", student)
+    return bezoar.scan(trained(backdoored=True), images(120, seed=7), seeds=1, resume=False, **options).report
+
+
+def test_a_scan_takes_a_second_look(monkeypatch):
+    planted, natural = looked(monkeypatch, 0.0), looked(monkeypatch, 0.5)
+    assert (planted.verdict, natural.verdict, natural.target) == ("backdoored", "inconclusive", None)
+    for report, passed in ((planted, True), (natural, False)):
+        figure = report.rule.figures[-1]
+        assert (figure.name, figure.passed) == ("transfer to a student", passed)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (BudgetSpent("the budget is spent"), "no time was left"),
+        (UnsupportedModel("a student agrees on 9%", "Give more"), "9%"),
+    ],
+)
+def test_without_a_student_the_searches_judge_alone(monkeypatch, error, text):
+    alone, combined = looked(monkeypatch, error), looked(monkeypatch, error, fpr=0.05)
+    assert alone.verdict == combined.verdict == "backdoored"
+    assert combined.combination is None
+    for report in (alone, combined):
+        assert sum(text in one for one in report.warnings) == 1
+        assert not report.run.budget_spent
 
 
 def test_combined_verdict_can_overrule_the_searches(together, monkeypatch):

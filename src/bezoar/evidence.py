@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from bezoar.core.errors import BezoarError, BudgetSpent, SettingError
-from bezoar.core.evidence import Scan, Scores
+from bezoar.core.errors import BezoarError, BudgetSpent, SettingError, UnsupportedModel
+from bezoar.core.evidence import LabelScan, Scan, Scores
 from bezoar.core.method import Scorer
 from bezoar.core.registry import find, methods
 from bezoar.core.run import Progress
 from bezoar.core.scored import Combination, Evidence, LabelScore, Source, Verdict
 from bezoar.nets.convnet import ConvNet
 from bezoar.ops.combined import calibration, clean_sources, combine, concentration, label_scores, rule_text
-from bezoar.ops.student import Transfer, discounted, taught, transfer
+from bezoar.ops.student import Transfer, agreement, discounted, taught, transfer
 from bezoar.ops.verdict import RatioRule
 from bezoar.session import Session
 
 #: Labels that are shown of each scorer, the most suspicious first.
 _SHOWN = 10
 _STUDENT = 24  # channels of the first stage of a student
+_AGREES = 0.3  # least share of clean images on which a student must agree with the model
 #: Scorers that a combined verdict takes in where they are asked.
 COMBINED = ("mm-bd", "k-arm", "abs-stimulation")
 #: The search whose masks tell where a trigger lies, and the name of that as a source.
@@ -57,17 +58,18 @@ def scorers(names: tuple[str, ...]) -> dict[str, Scorer]:
     return {name: find("scorers", name)() for name in wanted}
 
 
-def gather(session: Session) -> Gathered:
+def gather(session: Session, searches: Sequence[Scan]) -> Gathered:
     """Ask the scorers that the options name, in that order, after a student is taught for a combined verdict."""
     found, numbers, warnings, moved = [], dict[str, Scores](), [], None
     told = session.run.progress.report
-    if session.options.fpr is not None:
+    if session.options.fpr is not None and can_judge(session, searches):
         try:
-            moved = student_transfer(session)
-        except BudgetSpent:
+            moved = student_transfer(session, searches)
+        except BezoarError as error:
+            why = "no time was left for a student" if isinstance(error, BudgetSpent) else error.message
             warnings.append(
-                "no time was left to teach a student of the model, so the verdict is that of the searches by their own "
-                "rule, and not at the false-positive rate that was asked for"
+                f"{why}, so the verdict is that of the searches by their own rule, and not at the false-positive rate "
+                "that was asked for"
             )
     for name, scorer in scorers(session.options.evidence).items():
         session.run.progress = Progress(report=told, name=name)
@@ -85,6 +87,12 @@ def gather(session: Session) -> Gathered:
     return Gathered(tuple(found), numbers, moved, tuple(warnings))
 
 
+def can_judge(session: Session, searches: Iterable[Scan]) -> bool:
+    """Whether there are labels enough to compare, and each search was finished with one seed at least."""
+    complete = all(any(seed.finished for seed in scan.seeds) for scan in searches)
+    return complete and session.clean.num_classes >= RatioRule.least_labels
+
+
 def combination(
     session: Session, searches: Mapping[str, Scan], gathered: Gathered, alone: Verdict
 ) -> Combination | None:
@@ -98,10 +106,8 @@ def combination(
         gathered: What the scorers say.
         alone: Verdict of the searches by their own rule.
     """
-    fpr = session.options.fpr
-    complete = all(any(seed.finished for seed in scan.seeds) for scan in searches.values())
-    moved = gathered.transfer
-    if fpr is None or moved is None or not complete or session.clean.num_classes < RatioRule.least_labels:
+    fpr, moved = session.options.fpr, gathered.transfer
+    if fpr is None or moved is None:
         return None
     scores = {name: label_scores(discounted(scan, moved)) for name, scan in searches.items()} | gathered.scores
     if MASKS in searches:
@@ -126,20 +132,41 @@ def combination(
     )
 
 
-def student_transfer(session: Session) -> Transfer:
-    """How far triggers move a student of the model of a session, which is taught first.
+def student_transfer(session: Session, scans: Iterable[Scan]) -> Transfer:
+    """How far the triggers that were found move a student of the model, which is taught first.
+
+    Args:
+        session: Model and images.
+        scans: Evidence of the searches whose triggers are asked about.
 
     Raises:
-        BudgetSpent: Time is over.
+        BudgetSpent: Time is over; that of the searches was not, and the run does not say so.
+        UnsupportedModel: The student learns too little of the model to say anything.
     """
-    run, channels = session.run, session.clean.shape[0]
-    build = partial(ConvNet, _STUDENT, session.clean.num_classes, channels, norm=True)
+    run, clean, model, spent = session.run, session.clean, session.suspect.module, session.run.budget_spent
+    build = partial(ConvNet, _STUDENT, clean.num_classes, clean.shape[0], norm=True)
     run.progress = Progress(report=run.progress.report, name="student")
-    run.check()
-    with session.phase("student"):
-        student = taught(session.suspect.module, build, session.clean, run)
-    most = {"complete": 256, "failed": 256, "eliminated": 32}
-    return lambda label, found: transfer(student, session.clean, label, found.trigger, run, most[found.status])
+    far: dict[int, tuple[LabelScan, float]] = {}
+    try:
+        with session.phase("student"):
+            run.check()
+            student = taught(model, build, clean, run)
+            same = agreement(student, model, clean, run)
+            if same < _AGREES:
+                raise UnsupportedModel(
+                    f"a student of the model agrees with it on {same:.0%} of clean images only, too few to tell "
+                    "natural features by",
+                    "Give more clean images",
+                )
+            for label, found in ((k, v) for scan in scans for seed in scan.seeds for k, v in seed.labels.items()):
+                run.check()
+                most = 32 if found.status == "eliminated" else 256
+                # The evidence is kept, so that no other trigger gets its id.
+                far[id(found.trigger)] = found, transfer(student, clean, label, found.trigger, run, most)
+    except BudgetSpent:
+        run.budget_spent = spent
+        raise
+    return lambda _, found: far[id(found.trigger)][1]
 
 
 def _evidence(name: str, scorer: Scorer, scores: Scores, names: tuple[str, ...]) -> Evidence:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bezoar.core.errors import BudgetSpent
+from bezoar.core.errors import BezoarError, BudgetSpent
 from bezoar.core.evidence import Scan
 from bezoar.core.method import Scanner
 from bezoar.core.pictures import change_picture, png, stamp_picture
@@ -18,10 +18,10 @@ from bezoar.core.run import Progress
 from bezoar.core.scored import Combination
 from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import InvertedTrigger, MaskedTrigger, Trigger
-from bezoar.evidence import combination, gather, student_transfer
+from bezoar.evidence import can_judge, combination, gather, student_transfer
 from bezoar.ops.combined import verdict
 from bezoar.ops.second_look import second_look
-from bezoar.ops.verdict import Judgement, RatioRule, confirm, judge, lead
+from bezoar.ops.verdict import Judgement, confirm, judge, lead
 from bezoar.report.wording import sentence
 from bezoar.session import SCAN_HELD_OUT, Session
 
@@ -55,11 +55,11 @@ def scan_session(session: Session, method: Scanner) -> tuple[Report, dict[int, I
     looks = looks[:1] + [
         dataclasses.replace(look, judgement=confirm(look.judgement, looks[0].evidence)) for look in looks[1:]
     ]
-    place = lead([look.judgement for look in looks])
+    place, unsure = lead([look.judgement for look in looks]), tuple[str, ...]()
     if looks[place].judgement.verdict != "clean" and session.options.fpr is None:
-        looks = _again(session, looks)
+        looks, unsure = _again(session, looks)
         place = lead([look.judgement for look in looks])
-    gathered = gather(session)
+    gathered = gather(session, [look.evidence for look in looks])
     whole = combination(
         session,
         {method_name(type(look.method)): look.evidence for look in looks},
@@ -91,7 +91,7 @@ def scan_session(session: Session, method: Scanner) -> tuple[Report, dict[int, I
         searches=searches,
         evidence=gathered.shown,
         combination=whole,
-        warnings=(*session.warnings, *gathered.warnings, *_also_found(judged, others)),
+        warnings=(*session.warnings, *unsure, *gathered.warnings, *_also_found(judged, others)),
         run=session.facts(),
     )
     for one in methods:
@@ -105,19 +105,18 @@ def scan_session(session: Session, method: Scanner) -> tuple[Report, dict[int, I
     return report, triggers
 
 
-def _again(session: Session, looks: list[Look]) -> list[Look]:
-    """The searches with the verdicts of a second look, if there is time for one and anything to look at."""
-    finished = all(any(seed.finished for seed in look.evidence.seeds) for look in looks)
-    if not finished or session.clean.num_classes < RatioRule.least_labels:
-        return looks
+def _again(session: Session, looks: list[Look]) -> tuple[list[Look], tuple[str, ...]]:
+    """The searches with the verdicts of a second look, and a warning where there could be none."""
+    scans = [look.evidence for look in looks]
+    if not can_judge(session, scans):
+        return looks, ()
     try:
-        moved = student_transfer(session)
-    except BudgetSpent:
-        return looks
-    judged = second_look(
-        [look.evidence for look in looks], [look.judgement for look in looks], session.data.facts.names, moved
-    )
-    return [dataclasses.replace(look, judgement=one) for look, one in zip(looks, judged, strict=True)]
+        moved = student_transfer(session, scans)
+    except BezoarError as error:
+        why = "no time was left for a second look" if isinstance(error, BudgetSpent) else error.message
+        return looks, (f"{why}: a natural feature may pass for a trigger, or hide one",)
+    judged = second_look(scans, [look.judgement for look in looks], session.data.facts.names, moved)
+    return [dataclasses.replace(look, judgement=one) for look, one in zip(looks, judged, strict=True)], ()
 
 
 def _together(session: Session, looks: list[Look], place: int, whole: Combination) -> tuple[int, list[Look]]:

@@ -9,7 +9,7 @@ import torch
 from bezoar.core.evidence import LabelScan, Scan, SeedScan
 from bezoar.core.trigger import MaskedTrigger
 from bezoar.ops.second_look import second_look
-from bezoar.ops.verdict import judge
+from bezoar.ops.verdict import confirm, judge
 
 NAMES = tuple("abcdefghij")
 STAMP = MaskedTrigger(torch.zeros(1, 20, 20), torch.zeros(1, 20, 20))
@@ -93,3 +93,51 @@ def test_seeds_vote_again(seeds):
         lambda label, _: 0.3 if label in (6, 8) else 0.0,
     )[0]
     assert [one.verdict for one in found.seeds] == ["backdoored"] * seeds
+
+
+def both(mask: dict[int, float], faint: dict[int, float]):
+    """Masks that are weak (they rarely work on other images), and a faint change of label 0 that they would confirm."""
+    labels = {
+        label: LabelScan(float(size), 0.7, "complete", True, STAMP)
+        for label, size in enumerate((15, 51, 46, 46, 38, 71, 29, 82, 22, 67))
+    }
+    masks = Scan((SeedScan(0, labels, True),), 10, 400)
+    changes = {
+        label: LabelScan(size, 0.97, "complete", True, STAMP)
+        for label, size in enumerate((0.02, 0.1, 0.1, 0.11, 0.09, 0.1, 0.1, 0.12, 0.1, 0.1))
+    }
+    faints = Scan((SeedScan(0, changes, True),), 10, 400, unit="rms")
+    first = [judge(masks, NAMES), confirm(judge(faints, NAMES), masks)]
+    assert [one.verdict for one in first] == ["inconclusive", "inconclusive"]
+    moved = {id(one): mask.get(label, 0.0) for label, one in labels.items()}
+    moved |= {id(one): faint.get(label, 0.0) for label, one in changes.items()}
+    found = second_look([masks, faints], first, NAMES, lambda _, one: moved[id(one)])
+    return found[1]
+
+
+CROWD = {8: 0.3, 6: 0.2}
+
+
+def test_masks_confirm_a_faint_change_once_natural_ones_count_as_larger():
+    assert (both(CROWD, {}).verdict, both(CROWD, {}).target) == ("backdoored", 0)
+
+
+@pytest.mark.parametrize(("mask", "faint"), [(CROWD, {0: 0.6}), (CROWD | {0: 0.6}, {})])
+def test_a_natural_trigger_is_never_made_a_backdoor(mask, faint):
+    assert both(mask, faint).verdict == "inconclusive"
+
+
+def test_what_is_unknown_changes_nothing():
+    found = look(PLANTED, dict.fromkeys(range(10), float("nan")))
+    assert found == judge(PLANTED, NAMES)
+
+
+def test_seeds_that_were_cut_short_have_no_say():
+    cut = {
+        label: LabelScan(200.0, 0.9, "complete", True, STAMP) if label == 0 else one
+        for label, one in PLANTED.seeds[0].labels.items()
+    }
+    scan_ = dataclasses.replace(PLANTED, seeds=(*PLANTED.seeds, SeedScan(1, cut, False, 0.1), SeedScan(2, cut, False)))
+    moved = {id(cut[0]): 0.5}
+    found = second_look([scan_], [judge(scan_, NAMES)], NAMES, lambda _, one: moved.get(id(one), 0.0))[0]
+    assert (found.verdict, found.target) == ("backdoored", 0)

@@ -1,6 +1,7 @@
 """A student learns what clean images show, and no backdoor."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.core.trigger import AdditiveTrigger, MaskedTrigger
 from bezoar.nets.convnet import ConvNet
-from bezoar.ops.student import COUNTS, NATURAL, discounted, taught, transfer
+from bezoar.ops.student import COUNTS, NATURAL, agreement, discounted, naturalness, taught, transfer
 from tests.toys import acc, asr, images, trained, trigger
 
 
@@ -91,14 +92,40 @@ def test_small_triggers_that_move_the_student_count_as_nearer_to_the_usual_size(
     scan = scan_of([4.0, 10.0, 20.0, 30.0, 40.0])
     moved = {0: 0.03, 1: 0.4, 2: 0.5, 3: float("nan"), 4: 0.1}
     found = discounted(scan, lambda label, one: moved[label] if one is scan.seeds[0].labels[label] else -1.0)
-    # The others of 0 rise by 0.25 in the median (unknown is nothing), those of 1 by less than NATURAL.
-    first = 25 * (4 / 25) ** (1 - (1 - COUNTS) * 0.03 / 0.25)
+    # The others of 0 rise by 0.4 in the median, those of 1 by NATURAL; that of 3 is unknown.
+    first = 25 * (4 / 25) ** (1 - (1 - COUNTS) * 0.03 / 0.4)
     second = 25 * (10 / 25) ** COUNTS
     third = 20 * (20 / 20) ** 1
     for seed in found.seeds:
         assert [one.size for one in seed.labels.values()] == pytest.approx([first, second, third, 30, 40])
     assert [seed.finished for seed in found.seeds] == [True, False]
     assert scan.seeds[0].labels[1].size == 10
+
+
+def test_labels_that_never_worked_are_no_yardstick():
+    stamp = MaskedTrigger(torch.zeros(1, 9, 9), torch.zeros(3, 9, 9))
+    kinds = [("complete", True), ("complete", True), ("failed", True), ("eliminated", False)]
+    labels = {n: LabelScan(9.0, 1.0, status, reference, stamp) for n, (status, reference) in enumerate(kinds)}
+    found = naturalness(SeedScan(0, labels, True), lambda label, _: (0.3, 0.2, 0.9, 0.9)[label])
+    assert [found[n] for n in range(4)] == pytest.approx([0.3 / 0.2, 0.2 / 0.3, 0.9 / 0.25, 0.9 / 0.25])
+
+
+def test_a_student_that_is_broken_says_nothing():
+    data = clean()
+    broken = build().eval()
+    with torch.no_grad():
+        broken.fc.bias.fill_(float("nan"))
+    assert math.isnan(transfer(broken, data, 0, trigger(), Run(seed=0)))
+
+
+def test_agreement_is_the_share_of_equal_answers(student):
+    data = clean()
+    model = trained(True)
+    with torch.no_grad():
+        same = (student(data.held_x).argmax(1) == model(data.held_x).argmax(1)).float().mean()
+    assert agreement(student, model, data, Run(seed=0)) == pytest.approx(float(same))
+    none = dataclasses.replace(data, held_x=data.held_x[:0], held_y=data.held_y[:0])
+    assert agreement(student, model, none, Run(seed=0)) > 0.9
 
 
 def test_where_no_trigger_moves_the_student_a_small_rise_says_little():

@@ -47,7 +47,15 @@ def second_look(
     larger = [_enlarged(scan, moved) for scan in scans]
     fresh = [judge(scan, names) for scan in larger]
     fresh[1:] = [confirm(one, larger[0]) for one in fresh[1:]]
-    return [_chosen(before, after, scan, moved) for before, after, scan in zip(judgements, fresh, scans, strict=True)]
+    out = []
+    for before, after, scan in zip(judgements, fresh, scans, strict=True):
+        # What confirms a faint change must be no natural feature either.
+        natural = any(_rate(one, after.leader, moved) >= 1 for one in (scan, scans[0]))
+        found = (before.verdict, after.verdict) == ("inconclusive", "backdoored") and not natural
+        # Sizes are shown as they were found.
+        chosen = dataclasses.replace(after, labels=before.labels) if found else before
+        out.append(_told(chosen, _rate(scan, chosen.leader, moved), _FOUND if found else ""))
+    return out
 
 
 def _enlarged(scan: Scan, moved: Transfer) -> Scan:
@@ -62,22 +70,27 @@ def _enlarged(scan: Scan, moved: Transfer) -> Scan:
     return dataclasses.replace(scan, seeds=tuple(each(seed) for seed in scan.seeds))
 
 
-def _chosen(before: Judgement, after: Judgement, scan: Scan, moved: Transfer) -> Judgement:
-    found = after.verdict == "backdoored" and before.verdict == "inconclusive"
-    # Sizes are shown as they were found.
-    one = dataclasses.replace(after, labels=before.labels) if found else before
-    rates = [naturalness(seed, moved)[one.leader] for seed in scan.seeds if one.leader in seed.labels]
-    value = float(np.median(rates)) if rates else float("nan")
+def _rate(scan: Scan, label: int, moved: Transfer) -> float:
+    """How natural a label's trigger is, the median over the seeds that count; NaN where it is unknown."""
+    seeds = [seed for seed in scan.seeds if seed.finished] or list(scan.seeds)
+    rates = [naturalness(seed, moved)[label] for seed in seeds if label in seed.labels]
+    known = [rate for rate in rates if not math.isnan(rate)]
+    return float(np.median(known)) if known else float("nan")
+
+
+def _told(one: Judgement, rate: float, text: str) -> Judgement:
+    """The judgement with the figure, where it is known; no backdoor where the trigger is natural."""
+    if math.isnan(rate):
+        return one
     figure = Figure(
         name="transfer to a student",
-        value=value,
+        value=rate,
         bound=1.0,
-        passed=value < 1,
+        passed=rate < 1,
         meaning="rise of the label's probability in a student that was taught on clean images alone, over that by the "
         f"triggers of other labels (or {NATURAL:.2g}); from 1 on, the trigger is made of natural features",
     )
-    text = one.rule.text + (_FOUND if found else "")
-    if before.verdict == "backdoored" and not figure.passed:
-        one, text = dataclasses.replace(one, verdict="inconclusive", target=None), text + _NATURAL
-    rule = dataclasses.replace(one.rule, text=text, figures=(*one.rule.figures, figure))
+    if one.verdict == "backdoored" and rate >= 1:
+        one, text = dataclasses.replace(one, verdict="inconclusive", target=None), _NATURAL
+    rule = dataclasses.replace(one.rule, text=one.rule.text + text, figures=(*one.rule.figures, figure))
     return dataclasses.replace(one, rule=rule)

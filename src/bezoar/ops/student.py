@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bezoar.core.evidence import LabelScan, Scan, SeedScan
-from bezoar.core.method import Clean
+from bezoar.core.method import Clean, own_randomness
 from bezoar.core.run import Run
 from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import InvertedTrigger
@@ -54,8 +54,7 @@ def taught(model: nn.Module, build: Callable[[], nn.Module], clean: Clean, run: 
         BudgetSpent: Time is over.
     """
     views, answers = _lessons(model, clean, run)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
+    with own_randomness(run):
         student = build().to(run.device)
     recipe = Recipe(epochs=_EPOCHS, lr=3e-3, optimizer="adam", weight_decay=0.0, batch=64)
     told = tell(run, "student")
@@ -110,14 +109,27 @@ def transfer(
     Returns:
         Mean rise of the student's probability of the label, in [0, 1]; NaN without images of other labels.
     """
-    x = clean.held_x[clean.held_y != label][:most]
-    if not len(x):
-        return float("nan")
+    rows = (clean.held_y != label).nonzero().flatten()[:most]
     rises = []
-    for part in torch.split(x.to(run.device), _CHUNK):
-        before, after = (student(_small(one)).softmax(1)[:, label] for one in (part, trigger(part)))
+    for part in torch.split(rows, _CHUNK):
+        x = clean.held_x[part].to(run.device)
+        before, after = (student(_small(one)).softmax(1)[:, label] for one in (x, trigger(x)))
         rises.append((after - before).cpu())
-    return max(0.0, float(torch.cat(rises).mean()))
+    rise = float(torch.cat(rises).mean()) if rises else float("nan")
+    return rise if math.isnan(rise) else max(0.0, rise)
+
+
+@torch.no_grad()
+def agreement(student: nn.Module, model: nn.Module, clean: Clean, run: Run) -> float:
+    """Share of the clean images, the held-out ones where there are any, that both nets give the same label."""
+    x = clean.held_x if len(clean.held_x) else clean.x
+    same = []
+    with frozen(model):
+        for part in torch.split(x, _CHUNK):
+            run.check()
+            x = part.to(run.device)
+            same.append((student(_small(x)).argmax(1) == logits(model, x).argmax(1)).cpu())
+    return float(torch.cat(same).float().mean())
 
 
 def discounted(scan: Scan, moved: Transfer) -> Scan:
@@ -140,7 +152,7 @@ def _discounted(seed: SeedScan, moved: Transfer) -> SeedScan:
     for label, found in seed.labels.items():
         sizes = [one.size for other, one in seed.labels.items() if one.reference and other != label]
         usual = float(np.median(sizes)) if sizes else found.size
-        if found.size < usual:
+        if found.size < usual and not math.isnan(natural[label]):
             weight = 1 - (1 - COUNTS) * min(1.0, natural[label])
             found = dataclasses.replace(found, size=usual * (max(found.size, 1e-9) / usual) ** weight)
         labels[label] = found
@@ -148,18 +160,24 @@ def _discounted(seed: SeedScan, moved: Transfer) -> SeedScan:
 
 
 def naturalness(seed: SeedScan, moved: Transfer) -> dict[int, float]:
-    """How far each trigger moves the student, over how far the median of the other labels' does, or ``NATURAL``.
+    """How far each trigger moves the student, over how far those of the others do, or ``NATURAL`` if that is more.
+
+    It is the median of the others that counts. They are the reference labels whose trigger worked.
 
     Args:
         seed: Evidence of a search.
-        moved: How far the trigger of a label moves the student; NaN counts as not at all.
+        moved: How far the trigger of a label moves the student.
 
     Returns:
-        By label; from 1 on, a trigger is wholly made of natural features.
+        By label; from 1 on, a trigger is wholly made of natural features; NaN where it is unknown.
     """
     far = {label: moved(label, found) for label, found in seed.labels.items()}
-    far = {label: 0.0 if math.isnan(value) else value for label, value in far.items()}
+    usual = {
+        label: far[label]
+        for label, found in seed.labels.items()
+        if found.reference and found.status != "failed" and not math.isnan(far[label])
+    }
     return {
-        label: value / max(NATURAL, float(np.median([v for other, v in far.items() if other != label] or [0.0])))
+        label: value / max(NATURAL, float(np.median([v for other, v in usual.items() if other != label] or [0.0])))
         for label, value in far.items()
     }
