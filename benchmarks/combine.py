@@ -34,7 +34,7 @@ RAW = {MASKS: "masks, no student", "additive-inversion": "faint changes, no stud
 NO_STUDENT = (RAW[MASKS], CONCENTRATION, RAW["additive-inversion"])
 #: Family of each attack, after what a defence has to see.
 FAMILIES = {
-    "patch": ("badnets", "trojan", "several"),
+    "patch": ("badnets", "trojan", "several", "3x3", "4x4", "L0", "watermark"),
     "blend": ("blend", "refool", "adaptive-blend", "adaptive-patch", "bppa", "issba"),
     "warp": ("wanet",),
     "frequency": ("ftrojan", "sig", "smooth"),
