@@ -1,9 +1,7 @@
-"""Calibrate the combined verdict on the clean nets of the shared set, and measure it on other nets.
+"""Calibrate the combined verdict on clean nets, and measure it on nets of other kinds.
 
-    python benchmarks/scorers.py --part set --threads 1
+    python benchmarks/scorers.py --threads 1
     python benchmarks/combine.py --fit
-    python benchmarks/scorers.py --part fresh --threads 1
-    python benchmarks/scorers.py --part attacks --threads 1
     python benchmarks/combine.py --table
 
 ``--fit`` writes the scores of the clean nets of the shared and the fresh set into the package; nothing else goes into
@@ -28,9 +26,9 @@ from scorers import auroc, read, tpr
 SEARCHED = (MASKS, CONCENTRATION, "additive-inversion")
 Kind = tuple[str, str]
 SOURCES = (*SEARCHED, *COMBINED)
-#: Names of the rows of scorers.py, where a source has another one: what counts are sizes after the student.
-ROWS = {"neural-cleanse": "neural-cleanse-student", "additive-inversion": "additive-inversion-student"}
+#: Sources of the rows of scorers.py that go by another name: what counts are sizes after the student.
 RAW = {MASKS: "masks, no student", "additive-inversion": "faint changes, no student"}
+ROWS = {f"{name}-student": name for name in RAW} | RAW
 NO_STUDENT = (RAW[MASKS], CONCENTRATION, RAW["additive-inversion"])
 #: Family of each attack, after what a defence has to see.
 FAMILIES = {
@@ -57,11 +55,10 @@ def family(attack: str) -> str:
 def collected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry for each net whose evidence is complete: scores by source."""
     nets: dict[tuple[str, str], dict[str, Any]] = {}
-    names = {row: source for source, row in ROWS.items()}
     for row in rows:
         if row["seed"] != 0 or "error" in row:
             continue
-        source = names.get(row["scorer"], RAW.get(row["scorer"], row["scorer"]))
+        source = ROWS.get(row["scorer"], row["scorer"])
         net = nets.setdefault((row["part"], row["name"]), {k: row[k] for k in ("part", "name", "data", "arch")})
         net |= {"attack": row["attack"], "targets": row["targets"], "planted": row["planted"]}
         net.setdefault("scores", {})[source] = {int(k): v for k, v in row["labels"].items()}

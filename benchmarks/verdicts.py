@@ -138,7 +138,7 @@ def row(case: Case, seed: int, result: Result, seconds: float) -> dict[str, obje
         "data": case.data,
         "attack": case.attack,
         "truth": case.target,
-        "targets": list(case.targets or ([] if case.target in (None, -1) else [case.target])),
+        "targets": list(case.targets),
         "seed": seed,
         "verdict": report.verdict,
         "target": report.target,

@@ -155,7 +155,6 @@ def looked(monkeypatch, moved, **options):
         return lambda label, _: moved if label == target else 0.0
 
     monkeypatch.setattr("bezoar.evidence.student_transfer", student)
-    monkeypatch.setattr("bezoar.scanning.student_transfer", student)
     return bezoar.scan(trained(backdoored=True), images(120, seed=7), seeds=1, resume=False, **options).report
 
 

@@ -60,17 +60,16 @@ def scorers(names: tuple[str, ...]) -> dict[str, Scorer]:
 
 def gather(session: Session, searches: Sequence[Scan]) -> Gathered:
     """Ask the scorers that the options name, in that order, after a student is taught for a combined verdict."""
-    found, numbers, warnings, moved = [], dict[str, Scores](), [], None
+    found, numbers, warnings, moved = [], dict[str, Scores](), list[str](), None
     told = session.run.progress.report
-    if session.options.fpr is not None and can_judge(session, searches):
-        try:
-            moved = student_transfer(session, searches)
-        except BezoarError as error:
-            why = "no time was left for a student" if isinstance(error, BudgetSpent) else error.message
-            warnings.append(
-                f"{why}, so the verdict is that of the searches by their own rule, and not at the false-positive rate "
-                "that was asked for"
-            )
+    if session.options.fpr is not None:
+        moved, warnings = told_by_student(
+            session,
+            searches,
+            "no time was left for a student",
+            ", so the verdict is that of the searches by their own rule, and not at the false-positive rate that was "
+            "asked for",
+        )
     for name, scorer in scorers(session.options.evidence).items():
         session.run.progress = Progress(report=told, name=name)
         try:
@@ -87,10 +86,25 @@ def gather(session: Session, searches: Sequence[Scan]) -> Gathered:
     return Gathered(tuple(found), numbers, moved, tuple(warnings))
 
 
-def can_judge(session: Session, searches: Iterable[Scan]) -> bool:
-    """Whether there are labels enough to compare, and each search was finished with one seed at least."""
+def told_by_student(
+    session: Session, searches: Sequence[Scan], late: str, outcome: str
+) -> tuple[Transfer | None, list[str]]:
+    """How far triggers move a student; None where that cannot be said, with a warning unless none could be expected.
+
+    None is expected with too few labels to compare, or of a search that was not finished with one seed at least.
+
+    Args:
+        session, searches: See :func:`student_transfer`.
+        late: What is said where no time is left.
+        outcome: What is said then of the verdict.
+    """
     complete = all(any(seed.finished for seed in scan.seeds) for scan in searches)
-    return complete and session.clean.num_classes >= RatioRule.least_labels
+    if not complete or session.clean.num_classes < RatioRule.least_labels:
+        return None, []
+    try:
+        return student_transfer(session, searches), []
+    except BezoarError as error:
+        return None, [(late if isinstance(error, BudgetSpent) else error.message) + outcome]
 
 
 def combination(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from bezoar.core.errors import BezoarError, BudgetSpent
 from bezoar.core.evidence import Scan
 from bezoar.core.method import Scanner
 from bezoar.core.pictures import change_picture, png, stamp_picture
@@ -18,7 +17,7 @@ from bezoar.core.run import Progress
 from bezoar.core.scored import Combination
 from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import InvertedTrigger, MaskedTrigger, Trigger
-from bezoar.evidence import can_judge, combination, gather, student_transfer
+from bezoar.evidence import combination, gather, told_by_student
 from bezoar.ops.combined import verdict
 from bezoar.ops.second_look import second_look
 from bezoar.ops.verdict import Judgement, confirm, judge, lead
@@ -55,7 +54,7 @@ def scan_session(session: Session, method: Scanner) -> tuple[Report, dict[int, I
     looks = looks[:1] + [
         dataclasses.replace(look, judgement=confirm(look.judgement, looks[0].evidence)) for look in looks[1:]
     ]
-    place, unsure = lead([look.judgement for look in looks]), tuple[str, ...]()
+    place, unsure = lead([look.judgement for look in looks]), list[str]()
     if looks[place].judgement.verdict != "clean" and session.options.fpr is None:
         looks, unsure = _again(session, looks)
         place = lead([look.judgement for look in looks])
@@ -105,18 +104,15 @@ def scan_session(session: Session, method: Scanner) -> tuple[Report, dict[int, I
     return report, triggers
 
 
-def _again(session: Session, looks: list[Look]) -> tuple[list[Look], tuple[str, ...]]:
+def _again(session: Session, looks: list[Look]) -> tuple[list[Look], list[str]]:
     """The searches with the verdicts of a second look, and a warning where there could be none."""
     scans = [look.evidence for look in looks]
-    if not can_judge(session, scans):
-        return looks, ()
-    try:
-        moved = student_transfer(session, scans)
-    except BezoarError as error:
-        why = "no time was left for a second look" if isinstance(error, BudgetSpent) else error.message
-        return looks, (f"{why}: a natural feature may pass for a trigger, or hide one",)
+    late, outcome = "no time was left for a second look", ": a natural feature may pass for a trigger, or hide one"
+    moved, warnings = told_by_student(session, scans, late, outcome)
+    if moved is None:
+        return looks, warnings
     judged = second_look(scans, [look.judgement for look in looks], session.data.facts.names, moved)
-    return [dataclasses.replace(look, judgement=one) for look, one in zip(looks, judged, strict=True)], ()
+    return [dataclasses.replace(look, judgement=one) for look, one in zip(looks, judged, strict=True)], warnings
 
 
 def _together(session: Session, looks: list[Look], place: int, whole: Combination) -> tuple[int, list[Look]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 
 from bezoar.core.trigger import InvertedTrigger
@@ -49,6 +50,11 @@ class SeedScan:
     labels: dict[int, LabelScan]
     finished: bool
     progress: float = 0.0
+
+    def usual_size(self, label: int) -> float | None:
+        """Median size of the other reference labels; None where there is none."""
+        others = [found.size for other, found in self.labels.items() if found.reference and other != label]
+        return float(np.median(others)) if others else None
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,8 @@ def label_scores(scan: Scan) -> Scores:
 def _smaller(seed: SeedScan) -> dict[int, float]:
     out = {}
     for label, found in seed.labels.items():
-        others = [one.size for other, one in seed.labels.items() if one.reference and other != label]
-        out[label] = math.log(max(1e-9, float(np.median(others or [found.size]))) / max(1e-9, found.size))
+        usual = seed.usual_size(label)
+        out[label] = math.log(max(1e-9, found.size if usual is None else usual) / max(1e-9, found.size))
     return out
 
 
@@ -272,12 +272,11 @@ def rule_text(fpr: float) -> str:
     return (
         "Every source scores every label; a small trigger that also moves a student of the model, which was taught on "
         "clean images alone, is made of natural features and counts as nearer to the usual size. How far a label "
-        "stands out "
-        "from the others is told in how rarely a label of a clean net does (its surprise, as a power of ten); the "
-        "surprises of all sources are added up, and the largest sum is held against the largest sums of clean nets, "
-        "and so is each source alone, which gives the p-value; looking several times is counted in. The model is "
-        "backdoored "
-        f"at {fpr:.2g} or less{doubt}. Only a model that the searches alone find clean is called so."
+        "stands out from the others is told in how rarely a label of a clean net does (its surprise, as a power of "
+        "ten); the surprises of all sources are added up, and the largest sum is held against the largest sums of "
+        "clean nets, and so is each source alone, which gives the p-value; looking several times is counted in. The "
+        f"model is backdoored at {fpr:.2g} or less{doubt}. Only a model that the searches alone find clean is called "
+        "so."
     )
 
 

@@ -20,6 +20,7 @@ from bezoar.core.method import Clean, own_randomness
 from bezoar.core.run import Run
 from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import InvertedTrigger
+from bezoar.ops.answers import answers
 from bezoar.ops.augment import crop, mixup
 from bezoar.ops.fit import Batch, Recipe, fit, tell
 from bezoar.ops.objective import Stateless
@@ -53,12 +54,12 @@ def taught(model: nn.Module, build: Callable[[], nn.Module], clean: Clean, run: 
     Raises:
         BudgetSpent: Time is over.
     """
-    views, answers = _lessons(model, clean, run)
+    views, wanted = _lessons(model, clean, run)
     with own_randomness(run):
         student = build().to(run.device)
     recipe = Recipe(epochs=_EPOCHS, lr=3e-3, optimizer="adam", weight_decay=0.0, batch=64)
     told = tell(run, "student")
-    fit(student, views, answers.argmax(1), recipe, seed=run.seed, objective=_Answers(answers), progress=told)
+    fit(student, views, wanted.argmax(1), recipe, seed=run.seed, objective=_Answers(wanted), progress=told)
     for parameter in student.parameters():
         parameter.requires_grad_(False)
     return student
@@ -67,12 +68,12 @@ def taught(model: nn.Module, build: Callable[[], nn.Module], clean: Clean, run: 
 class _Answers(Stateless):
     """Cross-entropy against the model's probabilities."""
 
-    def __init__(self, answers: Tensor) -> None:
-        self.answers = answers
+    def __init__(self, wanted: Tensor) -> None:
+        self.wanted = wanted
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See :class:`bezoar.ops.objective.Objective`."""
-        return F.cross_entropy(model(batch.x), self.answers[batch.index].to(batch.x.device))
+        return F.cross_entropy(model(batch.x), self.wanted[batch.index].to(batch.x.device))
 
 
 @torch.no_grad()
@@ -80,7 +81,7 @@ def _lessons(model: nn.Module, clean: Clean, run: Run) -> tuple[Tensor, Tensor]:
     """``(V, C, H, W)`` views of the clean images, and ``(V, K)`` the model's probabilities."""
     draw, pad = run.generator("student"), max(1, round(min(clean.shape[1:]) / 14))
     order = torch.cat([torch.randperm(len(clean.x), generator=draw) for _ in range(_EACH)])
-    views, answers = [], []
+    views, wanted = [], []
     with frozen(model):
         for number, rows in enumerate(torch.split(order[:_VIEWS], _CHUNK)):
             run.check()
@@ -88,8 +89,8 @@ def _lessons(model: nn.Module, clean: Clean, run: Run) -> tuple[Tensor, Tensor]:
             if number % 2:
                 x = mixup(x, 1.0, draw)[0]
             views.append(_small(x).cpu())
-            answers.append(logits(model, x).float().softmax(1).cpu())
-    return torch.cat(views), torch.cat(answers)
+            wanted.append(logits(model, x).float().softmax(1).cpu())
+    return torch.cat(views), torch.cat(wanted)
 
 
 @torch.no_grad()
@@ -119,17 +120,12 @@ def transfer(
     return rise if math.isnan(rise) else max(0.0, rise)
 
 
-@torch.no_grad()
 def agreement(student: nn.Module, model: nn.Module, clean: Clean, run: Run) -> float:
     """Share of the clean images, the held-out ones where there are any, that both nets give the same label."""
     x = clean.held_x if len(clean.held_x) else clean.x
-    same = []
-    with frozen(model):
-        for part in torch.split(x, _CHUNK):
-            run.check()
-            x = part.to(run.device)
-            same.append((student(_small(x)).argmax(1) == logits(model, x).argmax(1)).cpu())
-    return float(torch.cat(same).float().mean())
+    run.check()
+    same = answers(student, _small(x), run.device) == answers(model, x, run.device)
+    return float(same.float().mean())
 
 
 def discounted(scan: Scan, moved: Transfer) -> Scan:
@@ -150,9 +146,8 @@ def _discounted(seed: SeedScan, moved: Transfer) -> SeedScan:
     natural = naturalness(seed, moved)
     labels = {}
     for label, found in seed.labels.items():
-        sizes = [one.size for other, one in seed.labels.items() if one.reference and other != label]
-        usual = float(np.median(sizes)) if sizes else found.size
-        if found.size < usual and not math.isnan(natural[label]):
+        usual = seed.usual_size(label)
+        if usual is not None and found.size < usual and not math.isnan(natural[label]):
             weight = 1 - (1 - COUNTS) * min(1.0, natural[label])
             found = dataclasses.replace(found, size=usual * (max(found.size, 1e-9) / usual) ** weight)
         labels[label] = found

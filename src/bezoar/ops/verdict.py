@@ -332,8 +332,8 @@ def _figures_over_seeds(scan: Scan, label: int, voters: list[SeedResult], rule: 
 
 def size_ratio(seed: SeedScan, label: int) -> float:
     """Size of a label's trigger over the median size of the other reference labels."""
-    others = [s.size for other, s in seed.labels.items() if s.reference and other != label]
-    return seed.labels[label].size / max(1e-9, float(np.median(others))) if others else float("nan")
+    usual = seed.usual_size(label)
+    return float("nan") if usual is None else seed.labels[label].size / max(1e-9, usual)
 
 
 def size_gap(seed: SeedScan, label: int) -> float:

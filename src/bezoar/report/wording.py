@@ -227,16 +227,21 @@ def suspect(report: Report) -> LabelEvidence | None:
     return next((e for e in complete if e.status == "complete"), complete[0] if complete else None)
 
 
+def _figure(report: Report, name: str) -> Figure | None:
+    """A figure of the rule by its name, where it has a value."""
+    figures = report.rule.figures if report.rule else ()
+    return next((f for f in figures if f.name == name and math.isfinite(f.value)), None)
+
+
 def size_ratio(report: Report) -> tuple[float, float] | None:
     """The size ratio that the verdict rests on, and its bound; None if the rule uses none."""
-    figures = report.rule.figures if report.rule else ()
-    return next(((f.value, f.bound) for f in figures if f.name == "size ratio" and math.isfinite(f.value)), None)
+    ratio = _figure(report, "size ratio")
+    return None if ratio is None else (ratio.value, ratio.bound)
 
 
 def natural(report: Report) -> Figure | None:
     """How far the trigger moves a student of the model too, where that was measured."""
-    figures = report.rule.figures if report.rule else ()
-    return next((f for f in figures if f.name == "transfer to a student" and math.isfinite(f.value)), None)
+    return _figure(report, "transfer to a student")
 
 
 def index_bound(report: Report) -> float | None:
