@@ -4,7 +4,7 @@
     python benchmarks/victim_set.py --fresh
     python benchmarks/victim_set.py --list
 
-``--fresh`` trains another set, which nothing is calibrated on: 60 clean and 12 backdoored nets of other architectures,
+``--fresh`` trains another set, which nothing is calibrated on: 62 clean and 21 backdoored nets of other architectures,
 data, seeds and triggers, to measure a verdict with that was calibrated on the first.
 
 Three architectures (with and without BatchNorm, with and without residual connections), two data sets, each net on its
@@ -86,6 +86,15 @@ FRESH_ATTACKS: list[tuple[int, str, tuple[str, ...]]] = [
     (2, "smooth", ("target=5",)),
     (1, "wanet", ("target=0", "strength=1")),
     (6, "badnets", ("target=30", "corner=top-left")),
+    (0, "tact", ("target=7", "sources=4", "cover_classes=1,9", "rate=0.02", "cover_rate=0.02")),
+    (1, "tact", ("target=3", "sources=8", "cover_classes=0,6", "rate=0.02", "cover_rate=0.02")),
+    (4, "tact", ("target=2", "sources=8", "cover_classes=5,6", "rate=0.02", "cover_rate=0.02", "size=4")),
+    (2, "tact", ("target=6", "sources=2", "cover_classes=4,7", "rate=0.02", "cover_rate=0.02")),
+    (6, "tact", ("target=14", "sources=2", "cover_classes=5,7", "rate=0.02", "cover_rate=0.02")),
+    (0, "badnets", ("label_map=all-to-all",)),
+    (1, "badnets", ("label_map=all-to-all", "pattern=noise")),
+    (4, "badnets", ("label_map=all-to-all", "corner=top-left")),
+    (6, "badnets", ("label_map=all-to-all", "pattern=noise")),
 ]
 
 
