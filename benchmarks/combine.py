@@ -18,14 +18,14 @@ from typing import Any
 
 from bezoar.core.results import write_atomic
 from bezoar.evidence import COMBINED, CONCENTRATION, MASKS
-from bezoar.ops.combined import CleanNet, clean_nets_file, combine, verdict
+from bezoar.ops.combined import PAIRS, CleanNet, clean_nets_file, combine, verdict
 from bezoar.ops.stats import wilson
 from scorers import auroc, read, tpr
 
 #: What a combined verdict rests on, and what it can take in besides.
 SEARCHED = (MASKS, CONCENTRATION, "additive-inversion")
 Kind = tuple[str, str]
-SOURCES = (*SEARCHED, *COMBINED)
+SOURCES = (*SEARCHED, PAIRS, *COMBINED)
 #: Sources of the rows of scorers.py that go by another name: what counts are sizes after the student.
 RAW = {MASKS: "masks, no student", "additive-inversion": "faint changes, no student"}
 ROWS = {f"{name}-student": name for name in RAW} | RAW
@@ -106,13 +106,15 @@ def table(nets: list[dict[str, Any]], fpr: float) -> str:
     ]
     reference = calibration(nets)
     looks: list[tuple[str, tuple[str, ...]]] = [("searches and student", SEARCHED), ("without the student", NO_STUDENT)]
-    looks += [("with the scorers", SOURCES), *((source, (source,)) for source in (*SOURCES, *RAW.values()))]
+    looks += [("with pairs of labels", (*SEARCHED, PAIRS)), ("with the scorers", (*SEARCHED, *COMBINED))]
+    looks += [*((source, (source,)) for source in (*SOURCES, *RAW.values()))]
     for name, sources in looks:
         rows = [judged(net, sources, reference) for net in nets if all(s in net["scores"] for s in sources)]
         for part in ("all", "set", "fresh", "attacks", "published"):
             some = [row for row in rows if part in ("all", row["part"])]
             if some:
-                lines += _families(name, part, some, fpr)[: None if (sources, part) == (SEARCHED, "all") else 1]
+                full = part == "all" and sources in (SEARCHED, (*SEARCHED, PAIRS))
+                lines += _families(name, part, some, fpr)[: None if full else 1]
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ LAYERS: dict[str, set[str]] = {
     "tasks": {"core", "ops", "tasks"},
     "scanners": {"core", "ops", "scanners"},
     "purifiers": {"core", "ops", "purifiers", "scanners"},
-    "scorers": {"core", "ops", "scorers"},
+    "scorers": {"core", "nets", "ops", "scorers"},
     "filters": {"core", "ops", "filters"},
     "trainers": {"core", "ops", "trainers"},
     "guards": {"core", "ops", "guards"},

@@ -11,6 +11,7 @@ from bezoar.core.trigger import MaskedTrigger
 from bezoar.ops.fit import Recipe, fit
 
 LABELS, SIZE, TARGET = 6, 12, 2
+SOURCE = 5  # of a backdoor that works on one label only
 
 
 def images(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -54,6 +55,18 @@ def trained(backdoored: bool, seed: int = 0) -> nn.Module:
         x[poisoned], y[poisoned] = trigger()(x[poisoned]), TARGET
     model = net(seed)
     fit(model, x, y, Recipe(epochs=5, batch=50, lr=3e-3, optimizer="adam", weight_decay=0.0), seed=seed)
+    return model
+
+
+@functools.cache
+def source_specific(seed: int) -> nn.Module:
+    """A net whose backdoor works for images of one label only; other images with the trigger kept their labels."""
+    x, y = images(900, seed=100 + seed)
+    poisoned, cover = torch.nonzero(y == SOURCE).flatten()[::2], torch.nonzero(y != SOURCE).flatten()[::7]
+    x[poisoned], y[poisoned] = trigger()(x[poisoned]), TARGET
+    x[cover] = trigger()(x[cover])
+    model = net(seed)
+    fit(model, x, y, Recipe(epochs=8, batch=50, lr=3e-3, optimizer="adam", weight_decay=0.0), seed=seed)
     return model
 
 

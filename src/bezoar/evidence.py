@@ -6,22 +6,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from bezoar.core.errors import BezoarError, BudgetSpent, SettingError, UnsupportedModel
+from bezoar.core.errors import BezoarError, BudgetSpent, SettingError
 from bezoar.core.evidence import LabelScan, Scan, Scores
 from bezoar.core.method import Scorer
 from bezoar.core.registry import find, methods
 from bezoar.core.run import Progress
 from bezoar.core.scored import Combination, Evidence, LabelScore, Source, Verdict
-from bezoar.nets.convnet import ConvNet
+from bezoar.nets.convnet import student_net
 from bezoar.ops.combined import calibration, clean_sources, combine, concentration, label_scores, rule_text
-from bezoar.ops.student import Transfer, agreement, discounted, taught, transfer
+from bezoar.ops.student import Transfer, discounted, transfer, trusted
 from bezoar.ops.verdict import RatioRule
 from bezoar.session import Session
 
 #: Labels that are shown of each scorer, the most suspicious first.
 _SHOWN = 10
-_STUDENT = 24  # channels of the first stage of a student
-_AGREES = 0.3  # least share of clean images on which a student must agree with the model
 #: Scorers that a combined verdict takes in where they are asked.
 COMBINED = ("mm-bd", "k-arm", "abs-stimulation")
 #: The search whose masks tell where a trigger lies, and the name of that as a source.
@@ -35,6 +33,7 @@ class Gathered:
     Attributes:
         shown: What the scorers say, as shown in a report.
         scores: The same as numbers.
+        scorers: What gave them.
         transfer: How far triggers move a student of the model; None where no combined verdict is wanted, or no time was
             left.
         warnings: One for each source that could not work.
@@ -42,6 +41,7 @@ class Gathered:
 
     shown: tuple[Evidence, ...]
     scores: dict[str, Scores]
+    scorers: dict[str, Scorer]
     transfer: Transfer | None
     warnings: tuple[str, ...]
 
@@ -61,6 +61,7 @@ def scorers(names: tuple[str, ...]) -> dict[str, Scorer]:
 def gather(session: Session, searches: Sequence[Scan]) -> Gathered:
     """Ask the scorers that the options name, in that order, after a student is taught for a combined verdict."""
     found, numbers, warnings, moved = [], dict[str, Scores](), list[str](), None
+    asked = scorers(session.options.evidence)
     told = session.run.progress.report
     if session.options.fpr is not None:
         moved, warnings = told_by_student(
@@ -70,7 +71,7 @@ def gather(session: Session, searches: Sequence[Scan]) -> Gathered:
             ", so the verdict is that of the searches by their own rule, and not at the false-positive rate that was "
             "asked for",
         )
-    for name, scorer in scorers(session.options.evidence).items():
+    for name, scorer in asked.items():
         session.run.progress = Progress(report=told, name=name)
         try:
             session.run.check()
@@ -83,7 +84,7 @@ def gather(session: Session, searches: Sequence[Scan]) -> Gathered:
         else:
             numbers[name] = scores
             found.append(_evidence(name, scorer, scores, session.data.facts.names))
-    return Gathered(tuple(found), numbers, moved, tuple(warnings))
+    return Gathered(tuple(found), numbers, asked, moved, tuple(warnings))
 
 
 def told_by_student(
@@ -158,20 +159,13 @@ def student_transfer(session: Session, scans: Iterable[Scan]) -> Transfer:
         UnsupportedModel: The student learns too little of the model to say anything.
     """
     run, clean, model, spent = session.run, session.clean, session.suspect.module, session.run.budget_spent
-    build = partial(ConvNet, _STUDENT, clean.num_classes, clean.shape[0], norm=True)
+    build = partial(student_net, clean.num_classes, clean.shape[0])
     run.progress = Progress(report=run.progress.report, name="student")
     far: dict[int, tuple[LabelScan, float]] = {}
     try:
         with session.phase("student"):
             run.check()
-            student = taught(model, build, clean, run)
-            same = agreement(student, model, clean, run)
-            if same < _AGREES:
-                raise UnsupportedModel(
-                    f"a student of the model agrees with it on {same:.0%} of clean images only, too few to tell "
-                    "natural features by",
-                    "Give more clean images",
-                )
+            student = trusted(model, build, clean, run)
             for label, found in ((k, v) for scan in scans for seed in scan.seeds for k, v in seed.labels.items()):
                 run.check()
                 most = 32 if found.status == "eliminated" else 256

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from bezoar.core.evidence import Scan
-from bezoar.core.method import Scanner
+from bezoar.core.method import Scanner, Scorer
 from bezoar.core.pictures import change_picture, png, stamp_picture
 from bezoar.core.registry import method_name
 from bezoar.core.results import Example, Report, Search, TriggerFacts
@@ -17,8 +17,9 @@ from bezoar.core.run import Progress
 from bezoar.core.scored import Combination
 from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import InvertedTrigger, MaskedTrigger, Trigger
-from bezoar.evidence import combination, gather, told_by_student
+from bezoar.evidence import Gathered, combination, gather, told_by_student
 from bezoar.ops.combined import verdict
+from bezoar.ops.pair_look import found_pairs, judged_pairs, leading_sources
 from bezoar.ops.second_look import second_look
 from bezoar.ops.verdict import Judgement, confirm, judge, lead
 from bezoar.report.wording import sentence
@@ -32,11 +33,15 @@ _RESERVES = (0.45, 0.15)
 
 @dataclass(frozen=True)
 class Look:
-    """One family of triggers: how it was searched, what was found, and what that alone says."""
+    """One family of triggers: how it was searched, what was found, and what that alone says.
 
-    method: Scanner
+    ``sources`` has the label of the images that a label's trigger is made for, where these are not all others.
+    """
+
+    method: Scanner | Scorer
     evidence: Scan
     judgement: Judgement
+    sources: dict[int, int] = field(default_factory=dict)
 
 
 def scan_session(session: Session, method: Scanner) -> tuple[Report, dict[int, InvertedTrigger]]:
@@ -59,14 +64,17 @@ def scan_session(session: Session, method: Scanner) -> tuple[Report, dict[int, I
         looks, unsure = _again(session, looks)
         place = lead([look.judgement for look in looks])
     gathered = gather(session, [look.evidence for look in looks])
+    looks += _pair_looks(session, gathered)
     whole = combination(
         session,
-        {method_name(type(look.method)): look.evidence for look in looks},
+        {method_name(type(look.method)): look.evidence for look in looks if isinstance(look.method, Scanner)},
         gathered,
         looks[place].judgement.verdict,
     )
     if whole is not None:
         place, looks = _together(session, looks, place, whole)
+    elif looks[place].judgement.verdict != "backdoored" and looks[-1].judgement.verdict == "backdoored":
+        place = len(looks) - 1
     main = looks[place]
     others = [look for look in looks if look is not main]
     judged = main.judgement
@@ -133,6 +141,18 @@ def _together(session: Session, looks: list[Look], place: int, whole: Combinatio
     return place, [*looks[:place], dataclasses.replace(look, judgement=judged), *looks[place + 1 :]]
 
 
+def _pair_looks(session: Session, gathered: Gathered) -> list[Look]:
+    """Searches for pairs of labels that were asked for and whose own rule may decide a verdict."""
+    names, out = session.data.facts.names, []
+    for name, scores in gathered.scores.items():
+        scorer = gathered.scorers[name]
+        if scorer.calibration:
+            found = found_pairs(scores, session.suspect.module, session.clean, session.run)
+            judged = judged_pairs(found, scores, name, scorer.calibration, names)
+            out.append(Look(scorer, found, judged, leading_sources(scores)))
+    return out
+
+
 def _also_found(judged: Judgement, others: list[Look]) -> tuple[str, ...]:
     """A second backdoor must not pass in silence."""
     return tuple(
@@ -196,8 +216,9 @@ def _pictures(session: Session, look: Look, runners_up: int = _RUNNERS_UP) -> tu
                 mask=mask,
                 pattern=pattern,
                 stamp=stamp,
-                examples=_examples(session, found.trigger, label) if place == 0 else (),
+                examples=_examples(session, found.trigger, label, look.sources.get(label)) if place == 0 else (),
                 refined=found is look.evidence.refined.get(label),
+                source=look.sources.get(label),
             )
         )
     return tuple(out)
@@ -211,9 +232,9 @@ def _drawn(trigger: InvertedTrigger) -> tuple[str, str, str]:
 
 
 @torch.no_grad()
-def _examples(session: Session, trigger: Trigger, label: int) -> tuple[Example, ...]:
+def _examples(session: Session, trigger: Trigger, label: int, source: int | None) -> tuple[Example, ...]:
     clean, model = session.clean, session.suspect.module
-    rows = torch.nonzero(clean.held_y != label).flatten()
+    rows = torch.nonzero(clean.held_y != label if source is None else clean.held_y == source).flatten()
     rows = rows[torch.linspace(0, len(rows) - 1, min(_EXAMPLES, len(rows))).long()] if len(rows) else rows
     if not len(rows):
         return ()

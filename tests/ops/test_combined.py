@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -15,6 +16,7 @@ from bezoar.core.trigger import MaskedTrigger
 from bezoar.evidence import COMBINED, CONCENTRATION, MASKS
 from bezoar.ops.combined import (
     CLEAN,
+    PAIRS,
     CleanNet,
     Tail,
     apart,
@@ -203,3 +205,48 @@ def test_a_source_that_few_clean_nets_know_takes_no_part(monkeypatch):
     nets = [CleanNet(str(n), {"a": (0.0, 1.0)} | ({"b": (0.0, 1.0)} if n < 19 else {})) for n in range(20)]
     monkeypatch.setattr("bezoar.ops.combined.clean_nets", lambda: tuple(nets))
     assert clean_sources() == {"a"}
+
+
+def paired(net: CleanNet, generator: np.random.Generator) -> CleanNet:
+    return dataclasses.replace(net, scores=net.scores | {PAIRS: tuple(generator.gumbel(0.2, 0.05, 10))})
+
+
+def test_pairs_are_held_against_the_largest_of_clean_nets():
+    generator = np.random.default_rng(11)
+    nets = [paired(net, generator) for net in reference()]
+    bare = {label: 0.1 for label in range(10)}
+    one = made_up(generator)
+    before = combine(one, nets)
+    # All labels are targets: none stands out, and the score itself tells.
+    every = combine(one | {PAIRS: dict.fromkeys(range(10), 2.0)}, nets)
+    assert every.pvalue < 0.01
+    single = combine(one | {PAIRS: bare | {7: 2.0}}, nets)
+    assert (single.target, single.pvalue) == (7, every.pvalue)
+    assert max(single.labels, key=single.labels.__getitem__) == 7
+    nothing = combine(one | {PAIRS: bare}, nets)
+    assert (nothing.target, nothing.pvalue) == (before.target, pytest.approx(min(1.0, before.pvalue / 0.75)))
+    assert combine(one | {PAIRS: bare | {7: 2.0}}, nets, wanted=(1, 2)).target in (1, 2)
+
+
+def test_pairs_of_clean_nets_give_as_many_small_pvalues_as_promised():
+    generator = np.random.default_rng(12)
+    nets = [paired(net, generator) for net in reference()]
+    values = []
+    for _ in range(150):
+        scores = dict(enumerate(generator.gumbel(0.2, 0.05, 10).tolist()))
+        values.append(combine(made_up(generator) | {PAIRS: scores}, nets).pvalue)
+    assert np.mean(np.asarray(values) <= 0.1) <= 0.15
+
+
+def test_pairs_alone_have_the_whole_rate():
+    generator = np.random.default_rng(13)
+    nets = [paired(net, generator) for net in reference()]
+    pairs = {PAIRS: {label: 0.1 for label in range(10)} | {3: 0.5}}
+    alone, beside = combine(pairs, nets), combine(made_up(generator) | pairs, nets)
+    assert (alone.target, alone.clean_nets) == (3, 40)
+    assert beside.pvalue == pytest.approx(4 * alone.pvalue)
+
+
+def test_pairs_need_clean_nets_of_their_own():
+    with pytest.raises(ValueError, match="measured with source-specific"):
+        combine(made_up(np.random.default_rng(1)) | {PAIRS: {0: 1.0}}, reference())

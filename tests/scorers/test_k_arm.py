@@ -16,14 +16,12 @@ from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.core.space import MaskedSpace
 from bezoar.ops.cost import CostController
-from bezoar.ops.fit import Recipe, fit
 from bezoar.scorers._arms import Aim, Arm
 from bezoar.scorers.k_arm import KArm, first_answers, given_up
 from tests.purifiers.nets import NAMES, few, make, toy_clean
-from tests.toys import TARGET, images, net, trained, trigger
+from tests.toys import SOURCE, TARGET, images, source_specific, trained
 
 BRIEF = KArm(rounds=3, patience=1, pull=2, pairs=2, least=3, checked=1)
-SOURCE = 5
 
 
 class Fixed(nn.Module):
@@ -44,18 +42,6 @@ def numbered(count: int) -> Tensor:
 @functools.cache
 def toy(backdoored: bool) -> Scores:
     return KArm(rounds=24, patience=6, batch=16, pairs=0)(trained(backdoored), toy_clean(), Run(seed=3))
-
-
-@functools.cache
-def source_specific() -> nn.Module:
-    """A net whose backdoor works for images of one label only; other images with the trigger kept their labels."""
-    x, y = images(900, seed=100)
-    poisoned, cover = torch.nonzero(y == SOURCE).flatten()[::2], torch.nonzero(y != SOURCE).flatten()[::7]
-    x[poisoned], y[poisoned] = trigger()(x[poisoned]), TARGET
-    x[cover] = trigger()(x[cover])
-    model = net(0)
-    fit(model, x, y, Recipe(epochs=8, batch=50, lr=3e-3, optimizer="adam", weight_decay=0.0), seed=0)
-    return model
 
 
 def arm(aim: Aim, backdoored: bool = True) -> Arm:
@@ -143,7 +129,7 @@ def test_planted_label_leads_and_the_clean_toy_scores_lower():
 
 
 def test_planted_pair_leads():
-    found = KArm(rounds=30, least=1, patience=7, batch=16)(source_specific(), toy_clean(), Run(seed=3))
+    found = KArm(rounds=30, least=1, patience=7, batch=16)(source_specific(0), toy_clean(), Run(seed=3))
     assert max(found.pairs, key=found.pairs.__getitem__) == (SOURCE, TARGET)
     assert found.leader == TARGET
     assert found.labels[TARGET] == found.pairs[SOURCE, TARGET]

@@ -1,4 +1,4 @@
-"""Backdoors of one source: what is kept at each halving, what is found, and what it costs."""
+"""Backdoors of one source: which pairs are searched, what is found, what counts, and what it costs."""
 
 from __future__ import annotations
 
@@ -17,31 +17,30 @@ from bezoar.core.errors import BudgetSpent, SettingError, UnsupportedModel
 from bezoar.core.method import Clean
 from bezoar.core.run import Run
 from bezoar.core.surgery import frozen
+from bezoar.nets.convnet import student_net
 from bezoar.ops.cost import CostController
-from bezoar.ops.fit import Recipe, fit
+from bezoar.ops.student import trusted
 from bezoar.scorers._sources import SourceSearch
-from bezoar.scorers.source_specific import SourceSpecific, better_half
+from bezoar.scorers.source_specific import SourceSpecific, foremost, planted, smaller_than_usual, works
 from tests.purifiers.nets import toy_clean
-from tests.toys import LABELS, TARGET, images, net, trained, trigger
+from tests.toys import LABELS, SOURCE, TARGET, images, source_specific, trained
 
-SOURCE = 5
-BRIEF = SourceSpecific(steps=60, others=3, checked=2)
+BRIEF = SourceSpecific(steps=60, others=5, foremost=0)
 
 
 @functools.cache
-def source_specific(seed: int) -> nn.Module:
-    """A net whose backdoor works for images of one label only; other images with the trigger kept their labels."""
-    x, y = images(900, seed=100 + seed)
-    poisoned, cover = torch.nonzero(y == SOURCE).flatten()[::2], torch.nonzero(y != SOURCE).flatten()[::7]
-    x[poisoned], y[poisoned] = trigger()(x[poisoned]), TARGET
-    x[cover] = trigger()(x[cover])
-    model = net(seed)
-    fit(model, x, y, Recipe(epochs=8, batch=50, lr=3e-3, optimizer="adam", weight_decay=0.0), seed=seed)
-    return model
+def student(model: nn.Module) -> nn.Module:
+    return trusted(model, functools.partial(student_net, LABELS, 3), toy_clean(), Run())
+
+
+@pytest.fixture(autouse=True)
+def taught_once(monkeypatch):
+    """A student is taught in some seconds: once for each model is enough."""
+    monkeypatch.setattr("bezoar.scorers.source_specific.trusted", lambda model, *_: student(model))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_finds_source_and_target_for_a_part_of_the_gradients(seed):
+def test_finds_source_and_target(seed):
     run = Run(seed=3)
     found = BRIEF(source_specific(seed), toy_clean(), run)
     assert max(found.pairs, key=found.pairs.__getitem__) == (SOURCE, TARGET)
@@ -55,42 +54,86 @@ def test_finds_source_and_target_for_a_part_of_the_gradients(seed):
 
 def test_costs_what_it_says():
     run = Run(seed=3)
-    made = dataclasses.replace(BRIEF, checked=1, others=2, check_batch=4, batch=8, steps=20)
-    made(trained(False), toy_clean(), run)
-    # K targets, and then the foremost pair with 2 others of its source and 2 of its target.
-    assert run.image_gradients == LABELS * 20 * 8 + 5 * 20 * 4
+    made = dataclasses.replace(BRIEF, batch=4, steps=20, screening=5, others=3, foremost=2)
+    found = made(trained(False), toy_clean(), run)
+    # 3 pairs of each label, and the foremost that are not among them, which a short search with all images chooses.
+    assert 3 * LABELS < len(found.pairs) <= 5 * LABELS
+    assert run.image_gradients == LABELS * 5 * 4 + len(found.pairs) * 20 * 4
     assert run.notes["gradients_for_sources"] == run.image_gradients
-    assert run.notes["gradients_of_all_pairs"] == LABELS * (LABELS - 1) * 20 * 8
+    assert run.notes["gradients_of_all_pairs"] == LABELS * (LABELS - 1) * 20 * 4
+
+
+def test_all_pairs_are_searched_where_there_are_few():
+    run = Run()
+    found = dataclasses.replace(BRIEF, batch=4, steps=2, others=9, foremost=2)(trained(False), toy_clean(), run)
+    assert set(found.pairs) == {(s, t) for s in range(LABELS) for t in range(LABELS) if s != t}
+    assert run.image_gradients == run.notes["gradients_of_all_pairs"] == LABELS * (LABELS - 1) * 2 * 4
+
+
+def test_chance_gives_each_label_as_many_pairs():
+    found = dataclasses.replace(BRIEF, steps=1, others=3)(trained(False), toy_clean(), Run(seed=8))
+    assert len(found.pairs) == 3 * LABELS
+    for end in (0, 1):
+        assert {sum(pair[end] == label for pair in found.pairs) for label in range(LABELS)} == {3}
 
 
 def test_targets_that_are_asked_for_are_the_only_ones():
-    found = dataclasses.replace(BRIEF, targets=(TARGET, 4), looks=2, steps=20)(trained(False), toy_clean(), Run())
-    assert {target for _, target in found.pairs} <= {TARGET, 4}
+    found = dataclasses.replace(BRIEF, targets=(TARGET, 4), steps=20, others=3, foremost=1)(
+        trained(False), toy_clean(), Run()
+    )
+    assert {target for _, target in found.pairs} == set(found.labels) == {TARGET, 4}
     assert all(source != target for source, target in found.pairs)
 
 
-def test_a_second_look_takes_other_pairs():
-    found = dataclasses.replace(BRIEF, targets=(1,), looks=3, checked=3, steps=12)(trained(False), toy_clean(), Run())
-    assert len(found.pairs) == 3
-    assert {target for _, target in found.pairs} == {1}
+def test_a_clean_net_is_not_suspect():
+    assert not BRIEF(trained(False), toy_clean(), Run()).suspect
 
 
-def test_score_is_the_logarithm_against_the_smaller_of_both_medians(monkeypatch):
-    """All sizes are given, so that the score can be written down."""
-    first: list[int] = []
+def test_what_a_pair_is_held_against_is_the_smaller_of_both_medians():
+    sizes = {(s, t): 10.0 + 3 * s + t for s in range(5) for t in range(5) if s != t} | {(1, 3): 2.0}
+    found = smaller_than_usual(sizes)
+    of_source = np.median([sizes[1, t] for t in (0, 2, 4)])
+    of_target = np.median([sizes[s, 3] for s in (0, 2, 4)])
+    assert found[1, 3] == pytest.approx(math.log(min(of_source, of_target) / 2))
+    assert found[1, 2] == pytest.approx(
+        math.log(min(np.median([sizes[1, t] for t in (0, 3, 4)]), np.median([sizes[s, 2] for s in (0, 3, 4)])) / 15)
+    )
 
-    def told(self, search, row):
-        source, target = int(search.sources[row].int().argmax()), search.targets[row]
-        first.append(source)
-        if target != 1:
-            return 10.0 + target
-        return 2.0 if source == first[0] else 20.0 + source
 
-    monkeypatch.setattr("bezoar.scorers.source_specific._Work._size", told)
-    brief = dataclasses.replace(BRIEF, targets=(1,), others=4, checked=1, steps=3)
-    found = brief(trained(False), toy_clean(), Run())
-    usual = np.median([10.0 + target for target in range(LABELS) if target not in (1, first[0])])
-    assert found.pairs == {(first[0], 1): pytest.approx(math.log(usual / 2))}
+def test_a_median_of_few_does_not_count_beside_one_of_enough():
+    column = {(s, 0): float(s) for s in range(1, 6)}
+    assert smaller_than_usual(column | {(1, 2): 0.1})[1, 0] == pytest.approx(math.log(np.median([2, 3, 4, 5]) / 1))
+    assert smaller_than_usual({(1, 0): 2.0, (2, 0): 6.0})[1, 0] == pytest.approx(math.log(3))
+    assert smaller_than_usual({(1, 0): 2.0}) == {(1, 0): 0.0}
+
+
+def test_what_a_trigger_counts_for():
+    assert [works(asr) for asr in (1.0, 0.75, 0.5, 0.2, math.nan)] == [1.0, 0.5, 0.0, 0.0, 1.0]
+    assert [planted(moved) for moved in (0.0, 0.05, 0.1, 0.9, math.nan)] == pytest.approx([1, 0.5, 0, 0, 1])
+
+
+def test_score_is_the_product(monkeypatch):
+    """Success on held-out images and the student are given, so that the score can be written down."""
+    monkeypatch.setattr("bezoar.scorers.source_specific._Work.asr", lambda *_: 0.9)
+    monkeypatch.setattr("bezoar.scorers.source_specific.transfer", lambda *_, **__: 0.025)
+    kept: dict[tuple[int, int], float] = {}
+
+    def told(sizes):
+        kept.update(smaller_than_usual(sizes))
+        return kept
+
+    monkeypatch.setattr("bezoar.scorers.source_specific.smaller_than_usual", told)
+    found = dataclasses.replace(BRIEF, steps=12)(trained(False), toy_clean(), Run())
+    for pair, score in found.pairs.items():
+        assert score == pytest.approx(min(kept[pair], 0.8 * 0.75 * kept[pair]))
+    assert found.model == max(found.pairs.values())
+
+
+def test_a_natural_trigger_is_no_sign(monkeypatch):
+    monkeypatch.setattr("bezoar.scorers.source_specific.transfer", lambda *_, **__: 0.4)
+    found = BRIEF(source_specific(0), toy_clean(), Run(seed=3))
+    assert not found.suspect
+    assert found.model <= 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -98,16 +141,14 @@ def test_score_is_the_logarithm_against_the_smaller_of_both_medians(monkeypatch)
     losses=st.lists(st.lists(st.floats(1e-3, 50), min_size=6, max_size=6), min_size=3, max_size=3),
     left=st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=3, max_size=3),
 )
-def test_the_better_half_is_some_of_what_was_left(losses, left):
-    sources = torch.tensor(left)
-    sources[:, 0] = True
-    table = torch.tensor(losses)
-    kept = better_half(table, sources)
-    assert not bool((kept & ~sources).any())
-    assert kept.sum(1).tolist() == [(n + 1) // 2 for n in sources.sum(1).tolist()]
-    assert better_half(table, sources, last=True).sum(1).tolist() == [1, 1, 1]
+def test_the_foremost_sources_are_some_of_those_that_may_be(losses, left):
+    sources, table = torch.tensor(left), torch.tensor(losses)
+    chosen = foremost(table, sources, 2)
+    for row, found in enumerate(chosen):
+        assert len(found) == len(set(found)) == min(2, int(sources[row].sum()))
+        assert all(sources[row, source] for source in found)
     # An easier source is easier for all targets: that must not matter.
-    assert torch.equal(kept, better_half(table * torch.tensor([2.0, 1, 4, 1, 1, 8]), sources))
+    assert chosen == foremost(table * torch.tensor([2.0, 1, 4, 1, 1, 8]), sources, 2)
 
 
 def test_each_row_sees_images_of_its_own_sources_only():
@@ -166,7 +207,7 @@ def test_time_that_is_over_is_told():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("steps", 0), ("batch", 0), ("looks", 0), ("others", 0), ("checked", 0), ("bound", 1.0), ("reach", 0.0)],
+    [("steps", 0), ("batch", 0), ("screening", 0), ("others", 2), ("foremost", -1), ("bound", 0.0), ("reach", 0.0)],
 )
 def test_bad_settings(name, value):
     with pytest.raises(SettingError, match=name):

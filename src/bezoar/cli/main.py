@@ -114,9 +114,10 @@ def scan(
         evidence: Scorers to ask as well, such as mm-bd,k-arm, or all; what they say is shown.
         fpr: Share of clean models that may be called backdoored, such as 0.01: the verdict then rests on all searches
             together, with a p-value, after a student of the model has told which triggers are natural features; of
-            --evidence, mm-bd, k-arm and abs-stimulation are taken in. Without it the searches decide by their own rule.
-        source_specific: Also look for triggers that work on images of one label only: short for
-            --evidence source-specific.
+            --evidence, source-specific, mm-bd, k-arm and abs-stimulation are taken in. Without it the searches decide
+            by their own rule.
+        source_specific: Also look for triggers that work on images of one label only, or differ from label to label:
+            one more search, whose rule may find the model backdoored. Short for --evidence source-specific.
         budget: Time allowed, such as 90s, 2m or 1h; the answer is then the best so far.
         ray: Spread the scan over a Ray cluster: local, auto for the one that runs here, or its address; its pieces are
             seeds, or labels with --mode reference. The answer is the same.

@@ -115,6 +115,7 @@ class Scores:
         model: Score of the model as a whole, higher for more suspicious: what a calibrated verdict rests on.
         meaning: What the scores are, in words, with their unit.
         suspect: What the paper's own rule says of the model, or None where it has none.
+        bound: Score of the model above which that rule says so, or None where it is another one.
         pvalue: The paper's own p-value of the most suspicious label, or None.
         triggers: Inverted triggers by label, where the method finds some.
         pairs: Score of each pair of source and target label that was looked at, for methods that tell them apart.
@@ -124,6 +125,7 @@ class Scores:
     model: float
     meaning: str
     suspect: bool | None = None
+    bound: float | None = None
     pvalue: float | None = None
     triggers: dict[int, InvertedTrigger] = field(default_factory=dict)
     pairs: dict[tuple[int, int], float] = field(default_factory=dict)

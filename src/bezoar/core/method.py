@@ -97,6 +97,9 @@ class Scorer(Method, ABC):
 
     #: Whether the method looks at clean examples; one that does not works from the weights alone.
     needs_clean = True
+    #: On what the bound of its own rule was calibrated, if a verdict may rest on that rule; such a method gives pairs
+    #: of source and target, masked triggers and a bound.
+    calibration: ClassVar[str] = ""
 
     @final
     def __call__(self, model: nn.Module, clean: Clean, run: Run) -> Scores:

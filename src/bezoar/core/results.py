@@ -139,7 +139,8 @@ class TriggerFacts:
     """An inverted trigger, with PNG pictures as base64; ``refined`` if it comes from the second look at its label.
 
     ``mask``, ``pattern`` and ``stamp`` (mask times pattern) of a masked one; of an additive one ``pattern`` is the
-    change on mid-grey, amplified until its largest value is white or black, and the others are empty.
+    change on mid-grey, amplified until its largest value is white or black, and the others are empty. ``source`` is the
+    label of the images that it was made for and measured on, where these are not the images of all other labels.
     """
 
     label: int
@@ -153,6 +154,7 @@ class TriggerFacts:
     stamp: str
     examples: tuple[Example, ...] = ()
     refined: bool = False
+    source: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

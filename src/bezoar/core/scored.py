@@ -19,7 +19,7 @@ class LabelScore:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What a scorer says beside the searches; only a combined verdict rests on it.
+    """What a scorer says beside the searches; a verdict rests on it where it is combined, or is a search of its own.
 
     Attributes:
         method, config: The scorer and its settings.

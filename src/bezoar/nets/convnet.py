@@ -29,3 +29,8 @@ class ConvNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(self.features(x), 1), 1))
         return logits
+
+
+def student_net(num_classes: int, channels: int) -> ConvNet:
+    """The net of a student of a model: large enough for the natural features of small images, and quickly taught."""
+    return ConvNet(24, num_classes, channels, norm=True)

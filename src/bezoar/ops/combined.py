@@ -36,6 +36,9 @@ _PRIOR = 3  # as many labels the usual spread counts for, beside those of the ne
 #: look may use up: the first is for one infected label, the others for two, and for up to four.
 _LOOKS = ((1, 0.4), (2, 0.05), (4, 0.05))
 _ALONE = 0.5  # the same of the looks at one source each, together: some triggers are plain to one source only
+#: The source that scores pairs of labels. Where all labels are targets, none stands out from the others, so it is the
+#: largest score itself that is held against those of clean nets; and the share of the error rate for that.
+PAIRS, _OF_PAIRS = "source-specific", 0.25
 _LEAST = 20  # clean nets that a source must have been measured on
 _RESAMPLES = 200  # of the clean nets, for the uncertainty of their distribution
 _EULER = 0.5772156649015329
@@ -216,6 +219,38 @@ def combine(
         ValueError: No source, fewer than two labels, or a source that the clean nets were not measured with.
     """
     nets = clean_nets() if nets is None else nets
+    searches = {source: scores for source, scores in found.items() if source != PAIRS}
+    if PAIRS not in found:
+        return _stands_out(searches, nets, wanted)
+    return _with_pairs(_stands_out(searches, nets, wanted) if searches else None, found[PAIRS], nets, wanted)
+
+
+def _with_pairs(
+    whole: Combined | None, pairs: Mapping[int, float], nets: Sequence[CleanNet], wanted: Sequence[int]
+) -> Combined:
+    """What pairs of labels say beside all other sources, if any; each looks with its own part of the error rate."""
+    largest = np.asarray([max(net.scores[PAIRS]) for net in nets if PAIRS in net.scores])
+    if len(largest) < 3:
+        raise ValueError(f"no three clean nets were measured with {PAIRS}")
+    pvalues = {label: _gumbel(score, largest) for label, score in pairs.items()}
+    leader = min(set(pvalues).intersection(wanted) or pvalues, key=lambda label: (pvalues[label], label))
+    if whole is None:
+        whole, share = Combined(dict.fromkeys(pairs, 0.0), {}, leader, 1.0, len(largest)), 1.0
+    else:
+        share = _OF_PAIRS
+    searched, paired = whole.pvalue / max(1e-9, 1 - share), pvalues[leader] / share
+    surprises = {label: -math.log10(max(1e-9, pvalue)) for label, pvalue in pvalues.items()}
+    return replace(
+        whole,
+        labels={label: value + surprises.get(label, 0.0) for label, value in whole.labels.items()},
+        surprises={**whole.surprises, PAIRS: dict.fromkeys(whole.labels, 0.0) | surprises},
+        target=leader if paired < searched else whole.target,
+        pvalue=min(1.0, searched, paired),
+    )
+
+
+def _stands_out(found: Mapping[str, Mapping[int, float]], nets: Sequence[CleanNet], wanted: Sequence[int]) -> Combined:
+    """Whether a label stands out from the others, and from the foremost labels of clean nets."""
     sources = sorted(found)
     known = [net for net in nets if all(source in net.scores for source in sources)]
     if not sources or len(known) < 3:
@@ -296,10 +331,14 @@ def _pvalue(largest: float, clean: Sequence[Mapping[str, NDArray[np.float64]]]) 
     held against the others; averaging over resamples of the nets counts in that they are few. How far the foremost of
     many labels is from the next does not grow with their number, so the number plays no part.
     """
-    sums = np.asarray([_largest(place, clean) for place in range(len(clean))])
+    return _gumbel(largest, np.asarray([_largest(place, clean) for place in range(len(clean))]))
+
+
+def _gumbel(value: float, sums: NDArray[np.float64]) -> float:
+    """Share of a Gumbel distribution that reaches a value, when it is fitted to ``(N,)`` others."""
     rows = np.random.default_rng(0).integers(len(sums), size=(_RESAMPLES, len(sums)))
     scale = np.maximum(1e-3, sums[rows].std(1, ddof=1) * math.sqrt(6) / math.pi)
-    away = (largest - sums[rows].mean(1)) / scale + _EULER
+    away = (value - sums[rows].mean(1)) / scale + _EULER
     return float(np.mean(-np.expm1(-np.exp(np.minimum(50.0, -away)))))
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bezoar.core.errors import UnsupportedModel
 from bezoar.core.evidence import LabelScan, Scan, SeedScan
 from bezoar.core.method import Clean, own_randomness
 from bezoar.core.run import Run
@@ -30,6 +31,7 @@ Transfer = Callable[[int, LabelScan], float]
 #: Least rise of a student's probability at which a trigger is taken to be natural, and how much of the distance between
 #: its size and the usual one (on a logarithmic scale) counts then. Both were chosen on the shared set of small victims.
 NATURAL, COUNTS = 0.1, 0.3
+_AGREES = 0.3  # least share of clean images on which a student must agree with the model
 _SIDE = 32  # pixels a side that a student sees at most
 _VIEWS, _EACH = 4096, 17  # most crops that the model is asked about, half of them mixed with another; most of an image
 _EPOCHS = 5
@@ -65,6 +67,24 @@ def taught(model: nn.Module, build: Callable[[], nn.Module], clean: Clean, run: 
     return student
 
 
+def trusted(model: nn.Module, build: Callable[[], nn.Module], clean: Clean, run: Run) -> nn.Module:
+    """A student that has learned enough of the model to say what is natural; arguments as for :func:`taught`.
+
+    Raises:
+        BudgetSpent: Time is over.
+        UnsupportedModel: The student agrees with the model on too few clean images.
+    """
+    student = taught(model, build, clean, run)
+    same = agreement(student, model, clean, run)
+    if same < _AGREES:
+        raise UnsupportedModel(
+            f"a student of the model agrees with it on {same:.0%} of clean images only, too few to tell natural "
+            "features by",
+            "Give more clean images",
+        )
+    return student
+
+
 class _Answers(Stateless):
     """Cross-entropy against the model's probabilities."""
 
@@ -95,7 +115,13 @@ def _lessons(model: nn.Module, clean: Clean, run: Run) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def transfer(
-    student: nn.Module, clean: Clean, label: int, trigger: InvertedTrigger, run: Run, most: int = 256
+    student: nn.Module,
+    clean: Clean,
+    label: int,
+    trigger: InvertedTrigger,
+    run: Run,
+    most: int = 256,
+    source: int | None = None,
 ) -> float:
     """How far a trigger that was found in the model moves its student too.
 
@@ -106,11 +132,12 @@ def transfer(
         trigger: The trigger.
         run: Device.
         most: Most images.
+        source: Label of the images that are stamped; all other labels by default.
 
     Returns:
-        Mean rise of the student's probability of the label, in [0, 1]; NaN without images of other labels.
+        Mean rise of the student's probability of the label, in [0, 1]; NaN without such images.
     """
-    rows = (clean.held_y != label).nonzero().flatten()[:most]
+    rows = (clean.held_y != label if source is None else clean.held_y == source).nonzero().flatten()[:most]
     rises = []
     for part in torch.split(rows, _CHUNK):
         x = clean.held_x[part].to(run.device)

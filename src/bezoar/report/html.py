@@ -15,9 +15,9 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from bezoar.core.results import LabelEvidence, Report, Search, SeedResult, TriggerFacts
-from bezoar.report import cleaned, svg, wording
+from bezoar.report import cleaned, searches, svg, wording
 from bezoar.report._page import hashed, pages, part
-from bezoar.report.scored import one_in, rule_says
+from bezoar.report.scored import one_in, rule_says, score
 
 WIDE, NARROW = 720, 320  # Chart widths: screens and paper, phones.
 MAX_TABLE = 2000
@@ -73,9 +73,11 @@ def _context(report: Report) -> dict[str, Any]:
         "sentence": re.sub(r"(?<=\d) (?=(%|px)(\W|$))", "\N{NO-BREAK SPACE}", wording.sentence(report)),
         "suspect": suspect,
         "sized": wording.sized,
-        "search_title": wording.search_title,
+        "searches_say": searches,
+        "whose": wording.whose(report),
         "pixel_count": report.model.height * report.model.width,
         "size_ratio": wording.size_ratio(report),
+        "score": score(report),
         "band": wording.band(report),
         "seeds": wording.votes(report),
         "seconds": wording.total_seconds(report),

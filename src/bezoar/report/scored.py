@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bezoar.core.results import Report
+from bezoar.core.results import Figure, Report
 from bezoar.core.scored import Combination, Evidence
 from bezoar.report.wording import label_text, number
 
@@ -10,6 +10,11 @@ from bezoar.report.wording import label_text, number
 def rule_says(one: Evidence) -> str:
     """The verdict of the paper's own rule."""
     return {None: "has none", True: "backdoored", False: "clean"}[one.suspect]
+
+
+def score(report: Report) -> Figure | None:
+    """The score that the verdict rests on, with its bound; None if the rule uses none."""
+    return next((figure for figure in (report.rule.figures if report.rule else ()) if figure.name == "score"), None)
 
 
 def scored(report: Report, one: Evidence) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import textwrap
 
-from bezoar.core.results import LabelEvidence, Report, Search
-from bezoar.report import cleaned, wording
-from bezoar.report.scored import scored, together
+from bezoar.core.results import LabelEvidence, Report
+from bezoar.report import cleaned, searches, wording
+from bezoar.report.scored import score, scored, together
 from bezoar.report.wording import percent, pixels, printable
 
 MAX_LINES = 25
@@ -46,18 +46,23 @@ def _scan_rows(report: Report) -> list[tuple[str, str]]:
         if report.target is None:
             rows.append(("Smallest trigger", f"label {wording.label_text(report, evidence.label)}"))
         rows.append(_size_row(report, evidence))
-        rows.append(("Success (ASR)", f"{percent(evidence.asr)} of held-out images of other labels"))
+        rows.append(("Success (ASR)", f"{percent(evidence.asr)} of held-out {wording.whose(report)}"))
         ratio = wording.size_ratio(report)
         if ratio is not None:
             value, bound = (wording.number(v) for v in ratio)
             rows.append(("Size ratio", f"{value} of the median of the other labels (suspect: at most {bound})"))
-        rows.append(("Anomaly index", f"{wording.number(evidence.index)} (decides nothing)"))
+        own = score(report)
+        if own is None:
+            rows.append(("Anomaly index", f"{wording.number(evidence.index)} (decides nothing)"))
+        else:
+            value, bound = (wording.number(v) for v in (own.value, own.bound))
+            rows.append(("Score", f"{value} (suspect: above {bound})"))
         moved = wording.natural(report)
         if moved is not None:
             rows.append(("Natural", f"{wording.number(moved.value)} (from 1 on, it moves a student of the model too)"))
     if report.combination is not None:
         rows.append(("All together", together(report, report.combination)))
-    rows += [_search_row(report, search) for search in report.searches]
+    rows += [(searches.name(one), searches.line(report, one)) for one in report.searches]
     rows += [(one.method, scored(report, one)) for one in report.evidence]
     if report.seeds and evidence is not None:
         rows.append(("Seeds", " ".join(wording.votes(report))))
@@ -69,14 +74,6 @@ def _size_row(report: Report, evidence: LabelEvidence) -> tuple[str, str]:
         return "Change (RMS)", f"{wording.levels(evidence.size)} grey levels, of all pixels"
     total = report.model.height * report.model.width
     return "Trigger size", f"{pixels(evidence.size)} of {total:,} ({percent(evidence.fraction)})"
-
-
-def _search_row(report: Report, search: Search) -> tuple[str, str]:
-    name = "As a patch" if search.unit == "px" else "Faint changes"
-    if not search.triggers:
-        return name, search.verdict
-    label = wording.label_text(report, search.triggers[0].label)
-    return name, f"{search.verdict}; smallest leads to label {label}, {wording.ratio_text(search)}"
 
 
 def _run_rows(report: Report) -> list[tuple[str, str]]:

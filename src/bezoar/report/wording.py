@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from bezoar.core.results import Figure, LabelEvidence, Report, Search
+from bezoar.core.results import Figure, LabelEvidence, Report
 
 MISSING = "n/a"
 # Invisible characters that can reorder or hide text, or drive a terminal.
@@ -144,6 +144,8 @@ def title(report: Report) -> Title:
     """The heading of the report."""
     if report.verdict == "backdoored":
         where = f": label {label_text(report, report.target)}" if report.target is not None else ""
+        if where and source(report) is not None:
+            where += f" on {whose(report)}"
         done = report.cleaning
         if done is None:
             return Title("backdoored", f"Backdoored{where}")
@@ -190,7 +192,8 @@ def _sentence(report: Report) -> str:
         size = f"{pixels(evidence.size)} ({percent(evidence.fraction)} of the image)"
         what = f"A trigger of {size}"
     if report.verdict == "backdoored":
-        return f"{what} turns {hits} of held-out images into label {label}."
+        images = "held-out images" if source(report) is None else f"held-out {whose(report)}"
+        return f"{what} turns {hits} of {images} into label {label}."
     start = "No trigger stands out" if report.verdict == "clean" else "The evidence does not settle it"
     return f"{start}: the smallest one found leads to label {label} and takes {size}."
 
@@ -225,6 +228,17 @@ def suspect(report: Report) -> LabelEvidence | None:
             return evidence
     complete = [e for e in ranked(report) if has_size(e)]
     return next((e for e in complete if e.status == "complete"), complete[0] if complete else None)
+
+
+def source(report: Report) -> int | None:
+    """Label of the images that the leading trigger was made for and measured on; None for those of all others."""
+    return report.triggers[0].source if report.triggers else None
+
+
+def whose(report: Report) -> str:
+    """The images that the leading trigger was measured on."""
+    label = source(report)
+    return "images of other labels" if label is None else f"images of label {label_text(report, label)}"
 
 
 def _figure(report: Report, name: str) -> Figure | None:
@@ -264,19 +278,6 @@ def band(report: Report) -> Band | None:
 def agreeing(report: Report) -> int:
     """Number of seeds that alone give the verdict and the target of the whole."""
     return sum(s.verdict == report.verdict and s.target == report.target for s in report.seeds)
-
-
-def search_title(unit: str) -> str:
-    """Heading of a search beside the one that leads."""
-    return "Small patches" if unit == "px" else "Faint changes of the whole image"
-
-
-def ratio_text(search: Search) -> str:
-    """The size ratio of a further search, with its bound."""
-    ratio = next((f for f in search.rule.figures if f.name == "size ratio"), None)
-    if ratio is None:
-        return "no size ratio"
-    return f"{number(ratio.value)} of the median (suspect: at most {number(ratio.bound)})"
 
 
 def votes(report: Report) -> tuple[str, str]:

@@ -20,7 +20,7 @@ _PIXELS_PER_PASS = 256 * 32 * 32
 
 
 class SourceSearch:
-    """The running search for one trigger a row, each for one target and the sources that are left of it.
+    """The running search for one trigger a row, each for one target and the sources of its own.
 
     Args:
         model: Eval mode, frozen.
@@ -109,16 +109,9 @@ class SourceSearch:
                     out[rows, label] = table[:, owner == label].mean(1)
         return out
 
-    def narrow(self, sources: Tensor) -> None:
-        """Go on with these ``(T, K)`` sources; sizes that others needed no longer count."""
-        self.sources = sources.clone()
-        for name in ("best", "previous"):
-            self.cost[name] = torch.full_like(self.cost[name], torch.inf)
-        self.cost["stall"].zero_()
-
     @property
     def sizes(self) -> Tensor:
-        """``(T,)`` size of the smallest working trigger for the sources that are left; infinite where none worked."""
+        """``(T,)`` size of the smallest working trigger; infinite where none worked."""
         return self.cost["best"]
 
     def trigger(self, row: int) -> InvertedTrigger:
