@@ -21,9 +21,9 @@ from bezoar.nets.convnet import student_net
 from bezoar.ops.cost import CostController
 from bezoar.ops.student import trusted
 from bezoar.scorers._sources import SourceSearch
-from bezoar.scorers.source_specific import SourceSpecific, foremost, planted, smaller_than_usual, works
+from bezoar.scorers.source_specific import SourceSpecific, _Work, foremost, planted, smaller_than_usual, works
 from tests.purifiers.nets import toy_clean
-from tests.toys import LABELS, SOURCE, TARGET, images, source_specific, trained
+from tests.toys import LABELS, SOURCE, TARGET, images, source_specific, trained, trigger
 
 BRIEF = SourceSpecific(steps=60, others=5, foremost=0)
 
@@ -98,6 +98,30 @@ def test_what_a_pair_is_held_against_is_the_smaller_of_both_medians():
     assert found[1, 2] == pytest.approx(
         math.log(min(np.median([sizes[1, t] for t in (0, 3, 4)]), np.median([sizes[s, 2] for s in (0, 3, 4)])) / 15)
     )
+
+
+def test_a_trigger_is_a_pixel_at_least():
+    sizes = {(s, 0): 5.0 for s in range(1, 5)} | {(5, 0): 0.01}
+    assert smaller_than_usual(sizes)[5, 0] == pytest.approx(math.log(5))
+    assert set(smaller_than_usual(dict.fromkeys(sizes, 0.2)).values()) == {0.0}
+
+
+def test_images_that_have_the_target_already_count_against_a_trigger():
+    x, y = images(60, seed=3)
+    model = source_specific(0)
+    with torch.no_grad():
+        given = model(x).argmax(1)
+    relabelled = torch.where((y == SOURCE) & (torch.arange(60) < 30), TARGET, y)  # these have the target
+    moved = torch.where(given == TARGET, SOURCE, relabelled)
+    clean = Clean(x=x, y=y, held_x=x, held_y=moved, num_classes=LABELS)
+    with frozen(model):
+        work = _Work(BRIEF, model, clean, Run())
+        rows = moved == SOURCE
+        share = float((given[rows] == TARGET).float().mean())
+        assert 0 < share < 1
+        with torch.no_grad():
+            stamped = float((model(trigger()(x[rows])).argmax(1) == TARGET).float().mean())
+        assert work.asr(SOURCE, TARGET, trigger()) == pytest.approx(stamped - share)
 
 
 def test_a_median_of_few_does_not_count_beside_one_of_enough():

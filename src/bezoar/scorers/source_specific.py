@@ -48,7 +48,7 @@ class SourceSpecific(Scorer):
     1. Its trigger is smaller than is usual for its source and for its target: the logarithm of how many times smaller
        than the median of the same source, or of the same target, whichever is less. Two labels that are alike, a source
        that is easily turned or a target that is easily reached are no sign of an attack.
-    2. It works on held-out images of the source: 1 where it does on all, 0 where it does on half of them or fewer.
+    2. It turns held-out images of the source: 1 where it turns all, 0 where it turns half of them or fewer.
     3. It is no natural feature: 1 where it does not move a student of the model (see ``bezoar.ops.student``), 0 where
        it raises the student's probability of the target by 0.1 or more.
 
@@ -140,10 +140,10 @@ def smaller_than_usual(sizes: dict[Pair, float]) -> dict[Pair, float]:
     """How many times smaller each pair's size is than the usual one, as a natural logarithm.
 
     The usual size is the median of the other pairs of the same source, or of the same target if that is less; a median
-    of fewer than three counts only where there is no other.
+    of fewer than three counts only where there is no other. A trigger smaller than a pixel counts as one pixel.
 
     Args:
-        sizes: Of each pair of source and target, above 0.
+        sizes: Of each pair of source and target, in pixels.
     """
     of_source, of_target = defaultdict[int, list[Pair]](list), defaultdict[int, list[Pair]](list)
     for pair in sizes:
@@ -153,7 +153,7 @@ def smaller_than_usual(sizes: dict[Pair, float]) -> dict[Pair, float]:
     for pair, size in sizes.items():
         others = [[sizes[one] for one in same if one != pair] for same in (of_source[pair[0]], of_target[pair[1]])]
         enough = [one for one in others if len(one) >= _LEAST] or [one for one in others if one]
-        out[pair] = math.log(min(map(median, enough)) / size) if enough else 0.0
+        out[pair] = math.log(max(1.0, min(map(median, enough))) / max(1.0, size)) if enough else 0.0
     return out
 
 
@@ -175,6 +175,7 @@ class _Work:
         judged = (clean.held_x, clean.held_y) if len(clean.held_y) else (clean.x, clean.y)
         self.clean = dataclasses.replace(clean, held_x=judged[0], held_y=judged[1])
         self.settings, self.model, self.run = settings, model, run
+        self.bare = answers(model, self.clean.held_x, run.device)
         self.x = as_float(clean.x)
         require_gradient(model, self.x[:2].to(run.device))
         draws = run.generator("source-specific", "images")
@@ -226,12 +227,16 @@ class _Work:
         return found, {pair: search.trigger(row) for row, pair in enumerate(pairs)}
 
     def asr(self, source: int, target: int, trigger: InvertedTrigger) -> float:
-        """Share of held-out images of the source that the trigger turns; NaN without any."""
+        """Share of held-out images of the source that the trigger turns; NaN without any.
+
+        Those that have the target already need no trigger, so they count against it.
+        """
         rows = self.clean.held_y == source
         if not bool(rows.any()):
             return math.nan
         given = answers(self.model, trigger(as_float(self.clean.held_x[rows]).to(self.run.device)), self.run.device)
-        return float((given == target).float().mean())
+        turned = (given == target).float() - (self.bare[rows] == target).float()
+        return float(turned.mean())
 
     def _search(self, targets: list[int], sources: Tensor, key: str) -> SourceSearch:
         return SourceSearch(
