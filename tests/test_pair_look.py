@@ -19,6 +19,8 @@ from bezoar.ops.combined import Combined
 from bezoar.ops.pair_look import found_pairs, judged_pairs, leading_sources
 from bezoar.report import searches, wording
 from bezoar.report.html import render
+from bezoar.report.limits import limits
+from bezoar.report.scored import beside
 from bezoar.report.text import summary
 from bezoar.scorers.source_specific import SourceSpecific
 from tests.toys import LABELS, SIZE, SOURCE, TARGET, images, source_specific, trained, trigger
@@ -129,3 +131,30 @@ def test_with_a_false_positive_rate_pairs_are_one_source_of_all(monkeypatch, pva
         assert (report.target, report.triggers[0].source) == (TARGET, SOURCE)
     else:
         assert any("source-specific finds another backdoor" in warning for warning in report.warnings)
+
+
+def test_what_pairs_change_in_what_is_said():
+    report = scan("source", pairs=True).report
+    assert wording.next_steps(report).endswith("--source-specific --out cleaned")
+    assert not any("some source labels only" in line for line in limits(report))
+    assert any("some source labels only" in line for line in limits(scan("source", pairs=False).report))
+    assert beside(report) == []
+    page = render(report)
+    assert "Further evidence" not in page
+    assert "images of one other label, that which counts most," in page
+
+
+def test_purify_takes_the_trigger_of_a_pair():
+    x, y = images(240, seed=7)
+    cleaned, report = bezoar.purify(
+        source_specific(0), (x, y), method="unlearn", found=scan("source", pairs=True), **QUICK
+    )
+    assert report.target == TARGET
+    x, y = images(120, seed=9)
+    stamped = trigger()(x[y == SOURCE])
+    with torch.no_grad():
+        before, after = (
+            float((one(stamped).argmax(1) == TARGET).float().mean()) for one in (source_specific(0), cleaned)
+        )
+    assert before > 0.9
+    assert after < 0.6

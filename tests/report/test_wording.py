@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from bezoar.core.results import Figure, Report
 from bezoar.report import cleaned, wording
+from bezoar.report.limits import limits
 from bezoar.report.text import MAX_LINES, summary
 from tests.report import samples
 
@@ -119,13 +120,13 @@ def test_printable_keeps_foreign_names() -> None:
 
 
 def test_limits_say_what_matters() -> None:
-    assert any("not that the model is safe" in line for line in wording.limits(samples.clean()))
-    assert any("scan the cleaned model again" in line for line in wording.limits(samples.backdoored()))
-    assert any("time budget" in line for line in wording.limits(samples.inconclusive()))
-    assert wording.limits(samples.purify_only())[0].startswith("No scan was part")
+    assert any("not that the model is safe" in line for line in limits(samples.clean()))
+    assert any("scan the cleaned model again" in line for line in limits(samples.backdoored()))
+    assert any("time budget" in line for line in limits(samples.inconclusive()))
+    assert limits(samples.purify_only())[0].startswith("No scan was part")
     part = samples.clean()
     part = replace(part, labels=part.labels[:4])
-    assert any("4 of the model's 10 labels" in line for line in wording.limits(part))
+    assert any("4 of the model's 10 labels" in line for line in limits(part))
 
 
 @pytest.mark.parametrize("name", samples.ALL)

@@ -162,6 +162,7 @@ def purify(
     suspects: Path | None = None,
     suspect_data: str | None = None,
     seeds: int = 3,
+    source_specific: Annotated[bool, Parameter(negative="")] = False,
     rescan: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
     budget: str = "",
@@ -194,6 +195,7 @@ def purify(
         suspects: The suspects.csv of bezoar filter data, for abl-unlearn: training examples to unlearn.
         suspect_data: The training set that --suspects is about.
         seeds: Seeds of the scan.
+        source_specific: Look for triggers of one source label as well, see bezoar scan.
         rescan: Scan the cleaned model as well.
         json: Print the whole report as JSON instead of the summary.
         budget: Time allowed, such as 90s, 2m or 1h.
@@ -222,6 +224,7 @@ def purify(
             options=flags.make(budget),
             report=report,
             seeds=seeds,
+            evidence=("source-specific",) if source_specific else (),
         )
     _output.show(whole, out / "report.html", json=json, sarif=False, quiet=quiet)
     return 0

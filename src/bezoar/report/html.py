@@ -17,7 +17,8 @@ from markupsafe import Markup
 from bezoar.core.results import LabelEvidence, Report, Search, SeedResult, TriggerFacts
 from bezoar.report import cleaned, searches, svg, wording
 from bezoar.report._page import hashed, pages, part
-from bezoar.report.scored import one_in, rule_says, score
+from bezoar.report.limits import limits
+from bezoar.report.scored import beside, one_in, rule_says, score
 
 WIDE, NARROW = 720, 320  # Chart widths: screens and paper, phones.
 MAX_TABLE = 2000
@@ -78,10 +79,11 @@ def _context(report: Report) -> dict[str, Any]:
         "pixel_count": report.model.height * report.model.width,
         "size_ratio": wording.size_ratio(report),
         "score": score(report),
+        "evidence": beside(report),
         "band": wording.band(report),
         "seeds": wording.votes(report),
         "seconds": wording.total_seconds(report),
-        "limits": wording.limits(report),
+        "limits": limits(report),
         "next": wording.next_steps(report).partition(": bezoar "),
         "label_text": lambda label: wording.label_text(report, label),
         "charts": _charts(report, suspect),

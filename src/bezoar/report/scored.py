@@ -17,6 +17,12 @@ def score(report: Report) -> Figure | None:
     return next((figure for figure in (report.rule.figures if report.rule else ()) if figure.name == "score"), None)
 
 
+def beside(report: Report) -> list[Evidence]:
+    """The evidence that is not shown as a search of its own."""
+    searched = {report.method, *(search.method for search in report.searches)}
+    return [one for one in report.evidence if one.method not in searched]
+
+
 def scored(report: Report, one: Evidence) -> str:
     """The evidence in a line."""
     if not one.labels:

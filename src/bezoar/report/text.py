@@ -6,7 +6,7 @@ import textwrap
 
 from bezoar.core.results import LabelEvidence, Report
 from bezoar.report import cleaned, searches, wording
-from bezoar.report.scored import score, scored, together
+from bezoar.report.scored import beside, score, scored, together
 from bezoar.report.wording import percent, pixels, printable
 
 MAX_LINES = 25
@@ -63,7 +63,7 @@ def _scan_rows(report: Report) -> list[tuple[str, str]]:
     if report.combination is not None:
         rows.append(("All together", together(report, report.combination)))
     rows += [(searches.name(one), searches.line(report, one)) for one in report.searches]
-    rows += [(one.method, scored(report, one)) for one in report.evidence]
+    rows += [(one.method, scored(report, one)) for one in beside(report)]
     if report.seeds and evidence is not None:
         rows.append(("Seeds", " ".join(wording.votes(report))))
     return rows
