@@ -18,6 +18,7 @@ import calibrate
 import combine
 import guard
 import jsonl
+import pairs
 import purify
 import scaling
 import second_look
@@ -31,6 +32,7 @@ from victims import OUT
 import attacks
 import filters
 import scorers
+from bezoar.scorers.source_specific import SourceSpecific
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -192,6 +194,8 @@ def main() -> None:
         "PEERS": _peers(),
         "SCALING": scaling.table(jsonl.read(scaling.RESULTS) + jsonl.read(scaling.MEMORY)),
         "SECOND": second_look.table(jsonl.read(second_look.RESULTS)),
+        "PAIRS": pairs.table(scorers.read()),
+        "BOUND": f"{SourceSpecific.bound:g}",
         "TOGETHER": combine.table(combine.collected(scorers.read()), 0.01),
         "UNLEARN": _unlearning(),
         "STRESS": stress.table(jsonl.read(stress.RESULTS)),
