@@ -46,7 +46,7 @@ def right(pair: str, truth: str, labels: int) -> bool:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: each net with such a backdoor, then how many of all others are called backdoored."""
     found = [row for row in rows if row["scorer"] == "source-specific" and row["seed"] == 0 and "error" not in row]
-    truths, bound = planted(), SourceSpecific.bound
+    truths, method = planted(), SourceSpecific()
     lines = [
         "| net | planted | foremost pair | score | of other pairs | suspect | gradients, of all pairs | CPU s |",
         "|" + "---|" * 8,
@@ -56,7 +56,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         if truth is None:
             continue
         ranked = sorted(row["pairs"], key=row["pairs"].__getitem__, reverse=True)
-        count = max(int(end) for pair in ranked for end in pair.split(">")) + 1
+        count = len(row["labels"])
         is_right = [right(pair, truth, count) for pair in ranked]
         wrong = [row["pairs"][pair] for pair, good in zip(ranked, is_right, strict=True) if not good]
         notes = row["notes"]
@@ -64,20 +64,22 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['part']} {row['name']} | {truth} | {ranked[0].replace('>', ' to ')}"
             f"{'' if is_right[0] else ' (wrong)'} | {row['model']:.2f} | {max(wrong, default=math.nan):.2f} | "
-            f"{'yes' if row['model'] > bound else 'no'} | {share} | {row['cpu_seconds']:.0f} |"
+            f"{'yes' if row['model'] > method.bound_for(count) else 'no'} | {share} | {row['cpu_seconds']:.0f} |"
         )
     lines += ["", "| other nets | part | suspect | highest score |", "|---|---|---|---|"]
     for kind, is_planted in (("clean", False), ("with another backdoor", True)):
         for part in ("set", "fresh", "attacks", "published"):
             some = [
-                row["model"]
+                row
                 for row in found
                 if (row["part"], row["planted"]) == (part, is_planted) and (part, row["name"]) not in truths
             ]
             if some:
-                over = sum(score > bound for score in some)
+                over = sum(row["model"] > method.bound_for(len(row["labels"])) for row in some)
                 high = f" (under {wilson(over / len(some), len(some), 1.645)[1]:.1%})" if not is_planted else ""
-                lines.append(f"| {kind} | {part} | {over} of {len(some)}{high} | {max(some):.2f} |")
+                lines.append(
+                    f"| {kind} | {part} | {over} of {len(some)}{high} | {max(row['model'] for row in some):.2f} |"
+                )
     return "\n".join(lines)
 
 

@@ -70,6 +70,12 @@ def test_all_pairs_are_searched_where_there_are_few():
     assert run.image_gradients == run.notes["gradients_of_all_pairs"] == LABELS * (LABELS - 1) * 2 * 4
 
 
+def test_the_bound_grows_with_the_labels():
+    method = SourceSpecific(bound=0.6)
+    assert method.bound_for(4) == method.bound_for(10) == 0.6
+    assert method.bound_for(43) == pytest.approx(0.6 + 0.13 * math.log(4.3))
+
+
 def test_chance_gives_each_label_as_many_pairs():
     found = dataclasses.replace(BRIEF, steps=1, others=3)(trained(False), toy_clean(), Run(seed=8))
     assert len(found.pairs) == 3 * LABELS

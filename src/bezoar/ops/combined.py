@@ -39,6 +39,9 @@ _ALONE = 0.5  # the same of the looks at one source each, together: some trigger
 #: The source that scores pairs of labels. Where all labels are targets, none stands out from the others, so it is the
 #: largest score itself that is held against those of clean nets; and the share of the error rate for that.
 PAIRS, _OF_PAIRS = "source-specific", 0.25
+#: By how much the largest of the scores of pairs grows by chance when the number of labels, and with it that of the
+#: pairs, is e times as large: the scale of the Gumbel distribution of the clean nets of the shared set, of ten labels.
+_PAIR_SCALE, _PAIR_LABELS = 0.13, 10
 _LEAST = 20  # clean nets that a source must have been measured on
 _RESAMPLES = 200  # of the clean nets, for the uncertainty of their distribution
 _EULER = 0.5772156649015329
@@ -225,14 +228,21 @@ def combine(
     return _with_pairs(_stands_out(searches, nets, wanted) if searches else None, found[PAIRS], nets, wanted)
 
 
+def chance_of_pairs(labels: int) -> float:
+    """By how much the largest score of pairs is larger by chance than in a net of ten labels, for so many labels."""
+    return _PAIR_SCALE * math.log(max(1.0, labels / _PAIR_LABELS))
+
+
 def _with_pairs(
     whole: Combined | None, pairs: Mapping[int, float], nets: Sequence[CleanNet], wanted: Sequence[int]
 ) -> Combined:
     """What pairs of labels say beside all other sources, if any; each looks with its own part of the error rate."""
-    largest = np.asarray([max(net.scores[PAIRS]) for net in nets if PAIRS in net.scores])
+    known = [net.scores[PAIRS] for net in nets if PAIRS in net.scores]
+    largest = np.asarray([max(scores) - chance_of_pairs(len(scores)) for scores in known])
     if len(largest) < 3:
         raise ValueError(f"no three clean nets were measured with {PAIRS}")
-    pvalues = {label: _gumbel(score, largest) for label, score in pairs.items()}
+    chance = chance_of_pairs(len(pairs))
+    pvalues = {label: _gumbel(score - chance, largest) for label, score in pairs.items()}
     leader = min(set(pvalues).intersection(wanted) or pvalues, key=lambda label: (pvalues[label], label))
     if whole is None:
         whole, share = Combined(dict.fromkeys(pairs, 0.0), {}, leader, 1.0, len(largest)), 1.0

@@ -22,6 +22,7 @@ from bezoar.core.trigger import InvertedTrigger
 from bezoar.nets.convnet import student_net
 from bezoar.ops.answers import answers
 from bezoar.ops.augment import as_float
+from bezoar.ops.combined import chance_of_pairs
 from bezoar.ops.cost import CostController
 from bezoar.ops.student import NATURAL, transfer, trusted
 from bezoar.scorers._sources import SourceSearch
@@ -67,8 +68,9 @@ class SourceSpecific(Scorer):
         lr: Step size of Adam, above 0.
         pressure: First weight of the size, as a share of the whole image, above 0.
         reach: Success rate that counts as a success, in (0, 1].
-        bound: Score above which a model is suspect, above 0. The default lies above all clean nets of the shared set;
-            seven nets with such a backdoor were in view.
+        bound: Score above which a model of up to ten labels is suspect, above 0; with more it grows by 0.13 times the
+            logarithm of a tenth of their number, as chance makes the largest of many scores grow. The default lies
+            above all clean nets of the shared set; seven nets with such a backdoor were in view.
 
     References:
         Ours, after Wang et al., "Neural Cleanse", IEEE S&P 2019, section VII, and Shen et al., "Backdoor Scanning for
@@ -101,6 +103,10 @@ class SourceSpecific(Scorer):
         self.require("reach", 0 < self.reach <= 1, "in (0, 1]")
         self.require("bound", self.bound > 0, "above 0")
 
+    def bound_for(self, labels: int) -> float:
+        """The bound for so many labels: of more pairs the largest score is larger by chance."""
+        return self.bound + chance_of_pairs(labels)
+
     def scores(self, model: nn.Module, clean: Clean, run: Run) -> Scores:
         """See :class:`bezoar.core.method.Scorer`."""
         for label in self.targets:
@@ -129,8 +135,8 @@ class SourceSpecific(Scorer):
             model=max(labels.values()),
             meaning="how many times smaller the trigger of a source and target is than usual for both, as a natural "
             "logarithm, as far as it works on other images and is no natural feature",
-            suspect=max(labels.values()) > self.bound,
-            bound=self.bound,
+            suspect=max(labels.values()) > self.bound_for(clean.num_classes),
+            bound=self.bound_for(clean.num_classes),
             triggers={target: triggers[leading[target]] for target in labels},
             pairs=scores,
         )
