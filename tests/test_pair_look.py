@@ -22,6 +22,7 @@ from bezoar.report.html import render
 from bezoar.report.limits import limits
 from bezoar.report.scored import beside
 from bezoar.report.text import summary
+from bezoar.scanners.neural_cleanse import NeuralCleanse
 from bezoar.scorers.source_specific import SourceSpecific
 from tests.toys import LABELS, SIZE, SOURCE, TARGET, images, source_specific, trained, trigger
 
@@ -103,6 +104,8 @@ def test_evidence_and_rule_of_pairs():
     assert [(one.name, one.value, one.bound, one.passed) for one in judged.rule.figures] == [("score", 1.25, 0.5, True)]
     assert judged.rule.calibration == "on some nets"
     assert [(one.seed, one.verdict, one.target) for one in judged.seeds] == [(4, "backdoored", TARGET)]
+    unsure = dataclasses.replace(scores, suspect=None)
+    assert judged_pairs(found, unsure, "source-specific", "", ()).verdict == "inconclusive"
     calm = dataclasses.replace(scores, suspect=False, model=0.3)
     judged = judged_pairs(found, calm, "source-specific", "", ())
     assert (judged.verdict, judged.target, judged.leader) == ("clean", None, TARGET)
@@ -111,7 +114,7 @@ def test_evidence_and_rule_of_pairs():
 @pytest.mark.parametrize(
     ("pvalue", "verdict", "method"),
     [
-        (0.4, "clean", "neural-cleanse"),
+        (0.4, "inconclusive", "neural-cleanse"),
         (0.05, "inconclusive", "neural-cleanse"),
         (0.001, "backdoored", "source-specific"),
     ],
@@ -133,6 +136,13 @@ def test_with_a_false_positive_rate_pairs_are_one_source_of_all(monkeypatch, pva
         assert any("source-specific finds another backdoor" in warning for warning in report.warnings)
 
 
+def test_labels_that_alone_can_be_the_target_are_those_of_the_pairs():
+    method = NeuralCleanse(seeds=1, labels=(1, 4))
+    asked = {"evidence": ("source-specific",), "additive": False, "resume": False}
+    report = bezoar.scan(trained(False), images(240, seed=7), method=method, **asked).report
+    assert {one.label for one in report.searches[-1].labels} == {1, 4}
+
+
 def test_what_pairs_change_in_what_is_said():
     report = scan("source", pairs=True).report
     assert wording.next_steps(report).endswith("--source-specific --out cleaned")
@@ -150,6 +160,10 @@ def test_purify_takes_the_trigger_of_a_pair():
         source_specific(0), (x, y), method="unlearn", found=scan("source", pairs=True), **QUICK
     )
     assert report.target == TARGET
+    done = report.cleaning
+    assert done is not None
+    assert done.asr_before > 0.9 > done.asr_after + 0.2, "measured on images of the source"
+    assert done.aftercare is not None
     x, y = images(120, seed=9)
     stamped = trigger()(x[y == SOURCE])
     with torch.no_grad():

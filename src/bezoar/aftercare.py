@@ -31,6 +31,7 @@ def aftercare(
     label: int | None,
     trigger: Trigger | None,
     rescan: Scanner | None,
+    source: int | None = None,
 ) -> Aftercare:
     """Look at a cleaned model.
 
@@ -40,6 +41,7 @@ def aftercare(
         clean: How the clean images were divided for the purification.
         label, trigger: What was unlearned, where there is one.
         rescan: Scan the cleaned model with this; None leaves it out.
+        source: Label of the images that the trigger is made for; None for those of all other labels.
     """
     x = clean.held_x if len(clean.held_x) else clean.x
     before, after = (answers(model, x, session.run.device) for model in (session.suspect.module, cleaned))
@@ -47,8 +49,8 @@ def aftercare(
     with session.phase("aftercare"):
         steps = other = None
         if trigger is not None and label is not None:
-            steps = reactivation(cleaned, clean, label, trigger, session.run)
-            other = reactivation(cleaned, clean, (label + 1) % clean.num_classes, trigger, session.run)
+            steps = reactivation(cleaned, clean, label, trigger, session.run, source)
+            other = reactivation(cleaned, clean, (label + 1) % clean.num_classes, trigger, session.run, source)
     verdict, target = None, None
     if rescan is not None:
         again = dataclasses.replace(session, suspect=dataclasses.replace(session.suspect, module=cleaned))
@@ -65,7 +67,9 @@ def aftercare(
     )
 
 
-def reactivation(model: nn.Module, clean: Clean, label: int, trigger: Trigger, run: Run) -> int | None:
+def reactivation(
+    model: nn.Module, clean: Clean, label: int, trigger: Trigger, run: Run, source: int | None = None
+) -> int | None:
     """Training steps that bring the backdoor back: half of each batch carries the trigger, labelled with the target.
 
     A backdoor that was only masked comes back sooner than one that must be learned anew, such as the same trigger with
@@ -76,6 +80,7 @@ def reactivation(model: nn.Module, clean: Clean, label: int, trigger: Trigger, r
         clean: Its working images are trained on; success is measured on the held-out ones, where there are any.
         label: The target.
         trigger: An inverted trigger of it.
+        source: Success is measured on images of this label; None for all other labels.
         run: Device and seed.
 
     Returns:
@@ -86,7 +91,7 @@ def reactivation(model: nn.Module, clean: Clean, label: int, trigger: Trigger, r
         parameter.requires_grad_(parameter.is_floating_point())
     optimizer = torch.optim.SGD(trained.parameters(), lr=_LR, momentum=0.9)
     x, y = (clean.held_x, clean.held_y) if len(clean.held_x) else (clean.x, clean.y)
-    others = x[y != label][:256]
+    others = x[y != label if source in (None, label) else y == source][:256]
     generator = run.generator("reactivation")
     for step in range(LIMIT + 1):
         if not len(others) or float((answers(trained, trigger(others), run.device) == label).float().mean()) >= BACK:

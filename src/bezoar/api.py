@@ -208,7 +208,13 @@ def purify(
             triggers, warnings = _triggers_to_unlearn(found, label)
         clean = dataclasses.replace(session.to_purify(), suspects=_suspects(session, purifier, suspects))
         module, network, cleaning = _purify(
-            session, purifier, clean, triggers, None if out is None else Path(out), search if rescan else None
+            session,
+            purifier,
+            clean,
+            triggers,
+            None if out is None else Path(out),
+            search if rescan else None,
+            _source(found, triggers),
         )
         warnings = (*warnings, *session.run.warnings)
         cleaned = network if isinstance(model, nn.Module) else module
@@ -264,6 +270,14 @@ def _triggers_to_unlearn(
     return {leader: found.triggers[leader]}, (warning,)
 
 
+def _source(found: Result | None, triggers: dict[int, InvertedTrigger]) -> int | None:
+    """Label of the images that the first of these triggers was made for; None for those of all other labels."""
+    if found is None or not triggers:
+        return None
+    shown = (*found.report.triggers[:1], *(one for search in found.report.searches for one in search.triggers[:1]))
+    return next((one.source for one in shown if one.label == next(iter(triggers))), None)
+
+
 def _suspects(session: Session, purifier: Purifier, given: tuple[Any, Any] | None) -> tuple[Tensor, Tensor] | None:
     if given is None or isinstance(given[0], Tensor):
         return given
@@ -284,7 +298,9 @@ def _purify(
     triggers: dict[int, InvertedTrigger],
     out: Path | None,
     rescan: Scanner | None,
+    source: int | None,
 ) -> tuple[nn.Module, nn.Module, Cleaning]:
+    """Clean a copy; ``source`` is the label of the images that the first trigger is made for, where not all others."""
     suspect = session.suspect
     # Copied together, so that the network inside the new module is the very one that is written back.
     module, network = copy.deepcopy((suspect.module, suspect.network))
@@ -298,8 +314,9 @@ def _purify(
         note = "no class has two images, so none is held out: the rates are of the images that were trained on"
         session.run.warnings.append(note)
     acc = [_accuracy(m, x, y, session) for m in (suspect.module, module)]
-    asr = [_success(m, trigger, label, x[y != label], session) for m in (suspect.module, module)]
-    cared = aftercare(session, module, clean, label, trigger, rescan)
+    tried = x[y != label if source is None else y == source]
+    asr = [_success(m, trigger, label, tried, session) for m in (suspect.module, module)]
+    cared = aftercare(session, module, clean, label, trigger, rescan, source)
     module.cpu()
     written = None if out is None else save_model(suspect, network, out)
     module.to(session.home)
@@ -327,7 +344,7 @@ def _accuracy(model: nn.Module, x: Tensor, y: Tensor, session: Session) -> float
 
 
 def _success(model: nn.Module, trigger: Trigger | None, label: int | None, x: Tensor, session: Session) -> float | None:
-    if trigger is None or label is None:
+    if trigger is None or label is None or not len(x):
         return None
     return _accuracy(model, trigger(x), torch.full((len(x),), label), session)
 

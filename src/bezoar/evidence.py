@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -61,7 +62,8 @@ def scorers(names: tuple[str, ...]) -> dict[str, Scorer]:
 def gather(session: Session, searches: Sequence[Scan]) -> Gathered:
     """Ask the scorers that the options name, in that order, after a student is taught for a combined verdict."""
     found, numbers, warnings, moved = [], dict[str, Scores](), list[str](), None
-    asked = scorers(session.options.evidence)
+    wanted = searches[0].wanted if searches else ()
+    asked = {name: _restricted(scorer, wanted) for name, scorer in scorers(session.options.evidence).items()}
     told = session.run.progress.report
     if session.options.fpr is not None:
         moved, warnings = told_by_student(
@@ -85,6 +87,12 @@ def gather(session: Session, searches: Sequence[Scan]) -> Gathered:
             numbers[name] = scores
             found.append(_evidence(name, scorer, scores, session.data.facts.names))
     return Gathered(tuple(found), numbers, asked, moved, tuple(warnings))
+
+
+def _restricted(scorer: Scorer, wanted: tuple[int, ...]) -> Scorer:
+    """The scorer for the labels that alone can be the target, where it can be told them."""
+    fields = {field.name for field in dataclasses.fields(scorer)}
+    return dataclasses.replace(scorer, targets=wanted) if wanted and "targets" in fields else scorer  # type: ignore[call-arg]
 
 
 def told_by_student(

@@ -69,7 +69,8 @@ def scan_session(session: Session, method: Scanner) -> tuple[Report, dict[int, I
         session,
         {method_name(type(look.method)): look.evidence for look in looks if isinstance(look.method, Scanner)},
         gathered,
-        looks[place].judgement.verdict,
+        # What the pairs say by their own rule counts as well: where they object, no model is called clean.
+        looks[-1].judgement.verdict if looks[-1].judgement.verdict == "backdoored" else looks[place].judgement.verdict,
     )
     if whole is not None:
         place, looks = _together(session, looks, place, whole)
@@ -126,16 +127,18 @@ def _again(session: Session, looks: list[Look]) -> tuple[list[Look], list[str]]:
 def _together(session: Session, looks: list[Look], place: int, whole: Combination) -> tuple[int, list[Look]]:
     """Which search leads when all sources have spoken together, and the searches with that verdict.
 
-    Where the label is another one than the leading search says, the search that finds it most surprising leads.
+    Where the label is another one than the leading search says, or pairs of labels were searched, the search that finds
+    the label most surprising leads.
     """
     decided = verdict(whole.pvalue, whole.fpr, whole.alone)
-    if decided == "backdoored" and looks[place].judgement.leader != whole.leader:
+    if decided == "backdoored" and (looks[place].judgement.leader != whole.leader or looks[-1].sources):
         surprises = {source.method: source.surprise for source in whole.sources}
         place = max(range(len(looks)), key=lambda n: surprises.get(method_name(type(looks[n].method)), 0.0))
     look = looks[place]
     judged = look.judgement
     if decided == "backdoored" and judged.leader != whole.leader:
-        judged = judge(look.evidence, session.data.facts.names, leader=whole.leader)
+        again = judge(look.evidence, session.data.facts.names, leader=whole.leader)
+        judged = dataclasses.replace(judged, leader=whole.leader) if look.sources else again
     target = whole.leader if decided == "backdoored" else None
     judged = dataclasses.replace(judged, verdict=decided, target=target)
     return place, [*looks[:place], dataclasses.replace(look, judgement=judged), *looks[place + 1 :]]

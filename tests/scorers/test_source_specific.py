@@ -23,7 +23,7 @@ from bezoar.ops.student import trusted
 from bezoar.scorers._sources import SourceSearch
 from bezoar.scorers.source_specific import SourceSpecific, _Work, foremost, planted, smaller_than_usual, works
 from tests.purifiers.nets import toy_clean
-from tests.toys import LABELS, SOURCE, TARGET, images, source_specific, trained, trigger
+from tests.toys import LABELS, SOURCE, TARGET, images, net, source_specific, trained, trigger
 
 BRIEF = SourceSpecific(steps=60, others=5, foremost=0)
 
@@ -54,10 +54,10 @@ def test_finds_source_and_target(seed):
 
 def test_costs_what_it_says():
     run = Run(seed=3)
-    made = dataclasses.replace(BRIEF, batch=4, steps=20, screening=5, others=3, foremost=2)
+    made = dataclasses.replace(BRIEF, batch=4, steps=20, screening=5, others=4, foremost=2)
     found = made(trained(False), toy_clean(), run)
-    # 3 pairs of each label, and the foremost that are not among them, which a short search with all images chooses.
-    assert 3 * LABELS < len(found.pairs) <= 5 * LABELS
+    # 4 pairs of each label, and the foremost that are not among them, which a short search with all images chooses.
+    assert 4 * LABELS <= len(found.pairs) <= 5 * LABELS
     assert run.image_gradients == LABELS * 5 * 4 + len(found.pairs) * 20 * 4
     assert run.notes["gradients_for_sources"] == run.image_gradients
     assert run.notes["gradients_of_all_pairs"] == LABELS * (LABELS - 1) * 20 * 4
@@ -77,14 +77,14 @@ def test_the_bound_grows_with_the_labels():
 
 
 def test_chance_gives_each_label_as_many_pairs():
-    found = dataclasses.replace(BRIEF, steps=1, others=3)(trained(False), toy_clean(), Run(seed=8))
-    assert len(found.pairs) == 3 * LABELS
+    found = dataclasses.replace(BRIEF, steps=1, others=4)(trained(False), toy_clean(), Run(seed=8))
+    assert len(found.pairs) == 4 * LABELS
     for end in (0, 1):
-        assert {sum(pair[end] == label for pair in found.pairs) for label in range(LABELS)} == {3}
+        assert {sum(pair[end] == label for pair in found.pairs) for label in range(LABELS)} == {4}
 
 
 def test_targets_that_are_asked_for_are_the_only_ones():
-    found = dataclasses.replace(BRIEF, targets=(TARGET, 4), steps=20, others=3, foremost=1)(
+    found = dataclasses.replace(BRIEF, targets=(TARGET, 4), steps=20, others=4, foremost=1)(
         trained(False), toy_clean(), Run()
     )
     assert {target for _, target in found.pairs} == set(found.labels) == {TARGET, 4}
@@ -138,8 +138,8 @@ def test_a_median_of_few_does_not_count_beside_one_of_enough():
 
 
 def test_what_a_trigger_counts_for():
-    assert [works(asr) for asr in (1.0, 0.75, 0.5, 0.2, math.nan)] == [1.0, 0.5, 0.0, 0.0, 1.0]
-    assert [planted(moved) for moved in (0.0, 0.05, 0.1, 0.9, math.nan)] == pytest.approx([1, 0.5, 0, 0, 1])
+    assert [works(asr) for asr in (1.0, 0.75, 0.5, 0.2, math.nan)] == [1.0, 0.5, 0.0, 0.0, 0.0]
+    assert [planted(moved) for moved in (0.0, 0.05, 0.1, 0.9, math.nan)] == pytest.approx([1, 0.5, 0, 0, 0])
 
 
 def test_score_is_the_product(monkeypatch):
@@ -153,7 +153,8 @@ def test_score_is_the_product(monkeypatch):
         return kept
 
     monkeypatch.setattr("bezoar.scorers.source_specific.smaller_than_usual", told)
-    found = dataclasses.replace(BRIEF, steps=12)(trained(False), toy_clean(), Run())
+    found = dataclasses.replace(BRIEF, steps=40)(trained(False), toy_clean(), Run())
+    assert sum(score > 0 for score in found.pairs.values()) > 3
     for pair, score in found.pairs.items():
         assert score == pytest.approx(min(kept[pair], 0.8 * 0.75 * kept[pair]))
     assert found.model == max(found.pairs.values())
@@ -235,9 +236,41 @@ def test_time_that_is_over_is_told():
         BRIEF(trained(False), toy_clean(), Run(budget=0.0))
 
 
+def test_a_source_with_few_held_out_images_does_not_count():
+    clean = toy_clean()
+    x, y = images(60, seed=3)
+    keep = (y != SOURCE) | (torch.cumsum((y == SOURCE).int(), 0) <= 2)
+    run = Run(seed=3)
+    found = BRIEF(source_specific(0), dataclasses.replace(clean, held_x=x[keep], held_y=y[keep]), run)
+    assert found.pairs[SOURCE, TARGET] <= 0
+    assert "1 labels have fewer than 3 held-out images: their pairs do not count" in run.warnings
+
+
+def test_few_labels_are_never_suspect(monkeypatch):
+    monkeypatch.setattr("bezoar.scorers.source_specific.trusted", lambda *_: student_net(3, 3).eval())
+    model, clean = net(0), toy_clean()
+    rows = clean.y < 3
+    few = Clean(x=clean.x[rows], y=clean.y[rows], held_x=clean.x[rows], held_y=clean.y[rows], num_classes=3)
+    model[-1] = nn.Linear(model[-1].in_features, 3)
+    found = SourceSpecific(steps=2, bound=1e-9)(model.eval(), few, Run())
+    assert found.suspect is None
+
+
+def test_too_many_pairs_for_the_memory_are_refused(monkeypatch):
+    monkeypatch.setattr("bezoar.scorers.source_specific._VALUES", 12_000)
+    with pytest.raises(UnsupportedModel, match="30 pairs of labels"):
+        BRIEF(trained(False), toy_clean(), Run())
+    dataclasses.replace(BRIEF, targets=(1,), steps=1)(trained(False), toy_clean(), Run())
+
+
+def test_foremost_of_one_target_are_those_with_the_smallest_losses():
+    losses, sources = torch.tensor([[3.0, 2.0, 0.5, 1.0]]), torch.tensor([[True, True, False, True]])
+    assert foremost(losses, sources, 2) == [[3, 1]]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("steps", 0), ("batch", 0), ("screening", 0), ("others", 2), ("foremost", -1), ("bound", 0.0), ("reach", 0.0)],
+    [("steps", 0), ("batch", 0), ("screening", 0), ("others", 3), ("foremost", -1), ("bound", 0.0), ("reach", 0.0)],
 )
 def test_bad_settings(name, value):
     with pytest.raises(SettingError, match=name):

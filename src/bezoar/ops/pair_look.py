@@ -57,7 +57,7 @@ def judged_pairs(scan: Scan, scores: Scores, method: str, calibration: str, name
         names: Name of each label.
     """
     assert scores.bound is not None
-    verdict: Verdict = "backdoored" if scores.suspect else "clean"
+    verdict: Verdict = "inconclusive" if scores.suspect is None else "backdoored" if scores.suspect else "clean"
     target = scores.leader if scores.suspect else None
     text = (
         f"Backdoored: the score of a source and target, {scores.meaning}, is above {scores.bound:.2g}. What the other "

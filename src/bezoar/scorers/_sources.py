@@ -93,6 +93,7 @@ class SourceSearch:
         index = torch.cat([rows[:each] for rows in self.members])
         owner = torch.cat([torch.full((len(rows[:each]),), label) for label, rows in enumerate(self.members)])
         for rows in self._chunks(len(index)):
+            self.run.check()
             part = {name: value[rows] for name, value in self.parameters.items()}
             targets = torch.tensor(self.targets[rows], device=self.run.device)
             answer = torch.cat(

@@ -29,6 +29,10 @@ from bezoar.scorers._sources import SourceSearch
 
 _EACH = 6  # images of each source that the choice of the foremost rests on
 _LEAST = 3  # pairs of the same source, or of the same target, that a pair is held against at least
+_LABELS = 4  # labels below which no model is suspect: there is too little to compare with
+_IMAGES = 3  # held-out images of a source below which its pairs do not count
+_LARGEST = 0.25  # share of the image that a trigger counts as at most, one that never worked too
+_VALUES = 200_000_000  # pixels of all triggers together that are searched at once: some 4 GB
 
 Pair = tuple[int, int]
 
@@ -62,7 +66,7 @@ class SourceSpecific(Scorer):
         targets: Labels that can be the target; empty for all.
         steps: Steps of the search, at least 1.
         batch: Images of a step and pair, at least 1.
-        others: Targets that each source is tried with, and sources of each target, at least 3.
+        others: Targets that each source is tried with, and sources of each target, at least 4.
         foremost: Sources of each target that are tried beside those, where not all are; at least 0.
         screening: Steps with images of all labels that these are chosen after, at least 1.
         lr: Step size of Adam, above 0.
@@ -96,7 +100,7 @@ class SourceSpecific(Scorer):
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "screening"):
             self.require(name, getattr(self, name) >= 1, "at least 1")
-        self.require("others", self.others >= _LEAST, f"at least {_LEAST}")
+        self.require("others", self.others > _LEAST, f"at least {_LEAST + 1}")
         self.require("foremost", self.foremost >= 0, "at least 0")
         self.require("lr", self.lr > 0, "above 0")
         self.require("pressure", self.pressure > 0, "above 0")
@@ -114,8 +118,15 @@ class SourceSpecific(Scorer):
                 raise SettingError(f"label {label} is not in 0..{clean.num_classes - 1}")
         work, before = _Work(self, model, clean, run), run.image_gradients
         pairs = work.pairs()
+        if len(pairs) * math.prod(clean.shape) > _VALUES:
+            raise UnsupportedModel(
+                f"{len(pairs):,} pairs of labels are too many to search at once", "Say which labels can be the target"
+            )
         if not pairs:
             raise UnsupportedModel("there are clean images of one label only", "Give images of at least 2 labels")
+        few = sum(int((work.clean.held_y == source).sum()) < _IMAGES for source in {source for source, _ in pairs})
+        if few:
+            run.warnings.append(f"{few} labels have fewer than {_IMAGES} held-out images: their pairs do not count")
         sizes, triggers = work.searched(pairs)
         run.notes["gradients_for_sources"] = run.image_gradients - before
         run.notes["gradients_of_all_pairs"] = work.all_pairs * self.steps * self.batch
@@ -123,6 +134,7 @@ class SourceSpecific(Scorer):
         smaller = smaller_than_usual(sizes)
         scores = {}
         for (source, target), trigger in triggers.items():
+            run.check()
             score = smaller[source, target]
             if score > 0:
                 moved = transfer(student, work.clean, target, trigger, run, source=source)
@@ -135,7 +147,7 @@ class SourceSpecific(Scorer):
             model=max(labels.values()),
             meaning="how many times smaller the trigger of a source and target is than usual for both, as a natural "
             "logarithm, as far as it works on other images and is no natural feature",
-            suspect=max(labels.values()) > self.bound_for(clean.num_classes),
+            suspect=max(labels.values()) > self.bound_for(clean.num_classes) if clean.num_classes >= _LABELS else None,
             bound=self.bound_for(clean.num_classes),
             triggers={target: triggers[leading[target]] for target in labels},
             pairs=scores,
@@ -164,13 +176,13 @@ def smaller_than_usual(sizes: dict[Pair, float]) -> dict[Pair, float]:
 
 
 def works(asr: float) -> float:
-    """What a success rate on held-out images counts for: 1 at all, 0 at half or fewer; 1 if unknown."""
-    return 1.0 if math.isnan(asr) else max(0.0, 2 * asr - 1)
+    """What a success rate on held-out images counts for: 1 at all, 0 at half or fewer, or if unknown."""
+    return 0.0 if math.isnan(asr) else max(0.0, 2 * asr - 1)
 
 
 def planted(moved: float) -> float:
-    """What a trigger counts for that moves a student so far: 1 at 0, 0 from ``NATURAL`` on; 1 where it is unknown."""
-    return 1.0 if math.isnan(moved) else max(0.0, 1 - moved / NATURAL)
+    """What a trigger counts for that moves a student so far: 1 at 0, 0 from ``NATURAL`` on, or if unknown."""
+    return 0.0 if math.isnan(moved) else max(0.0, 1 - moved / NATURAL)
 
 
 class _Work:
@@ -223,22 +235,22 @@ class _Work:
         return {(source, target) for target, best in zip(targets, found, strict=True) for source in best}
 
     def searched(self, pairs: list[Pair]) -> tuple[dict[Pair, float], dict[Pair, InvertedTrigger]]:
-        """Size and trigger of each pair; a trigger that never worked is as large as the image."""
+        """Size and trigger of each pair; one that never worked, or is larger, is a quarter of the image."""
         sources = torch.zeros(len(pairs), len(self.members), dtype=torch.bool)
         sources[torch.arange(len(pairs)), [source for source, _ in pairs]] = True
         search = self._search([target for _, target in pairs], sources, "pairs")
         self._step(search, self.settings.steps, self.screening)
         sizes = search.sizes.tolist()
-        found = {pair: size if math.isfinite(size) else self.whole for pair, size in zip(pairs, sizes, strict=True)}
+        found = {pair: min(size, _LARGEST * self.whole) for pair, size in zip(pairs, sizes, strict=True)}
         return found, {pair: search.trigger(row) for row, pair in enumerate(pairs)}
 
     def asr(self, source: int, target: int, trigger: InvertedTrigger) -> float:
-        """Share of held-out images of the source that the trigger turns; NaN without any.
+        """Share of held-out images of the source that the trigger turns; NaN with too few.
 
         Those that have the target already need no trigger, so they count against it.
         """
         rows = self.clean.held_y == source
-        if not bool(rows.any()):
+        if int(rows.sum()) < _IMAGES:
             return math.nan
         given = answers(self.model, trigger(as_float(self.clean.held_x[rows]).to(self.run.device)), self.run.device)
         turned = (given == target).float() - (self.bare[rows] == target).float()
@@ -275,7 +287,8 @@ def foremost(losses: Tensor, sources: Tensor, count: int) -> list[list[int]]:
         count: How many of each row, at most.
     """
     logs = losses.double().clamp(min=1e-6).log()
-    relative = torch.where(sources, logs - logs.nanmedian(0).values, torch.inf)
+    usual = logs.nanmedian(0).values if len(logs) > 1 else 0.0
+    relative = torch.where(sources, logs - usual, torch.inf)
     ranked = relative.argsort(dim=1, stable=True).tolist()
     return [row[: min(count, int(allowed))] for row, allowed in zip(ranked, sources.sum(1), strict=True)]
 
