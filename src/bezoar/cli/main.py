@@ -111,8 +111,8 @@ def scan(
         mode: fast, or the paper's own procedure, label by label (far slower, and without the search for faint changes).
         seeds: Seeds to scan with; they must agree for a verdict.
         labels: Labels that can be the target, such as 3,7,10-14; all by default.
-        evidence: Scorers to ask as well, such as mm-bd,k-arm, or all; what they say is shown, and that of source-specific
-            may decide.
+        evidence: Scorers to ask as well, such as mm-bd,k-arm, or all; what they say is shown, and what source-specific
+            says may decide.
         fpr: Share of clean models that may be called backdoored, such as 0.01: the verdict then rests on all searches
             together, with a p-value, after a student of the model has told which triggers are natural features; of
             --evidence, source-specific, mm-bd, k-arm and abs-stimulation are taken in. Without it the searches decide

@@ -319,8 +319,8 @@ def rule_text(fpr: float) -> str:
         "clean images alone, is made of natural features and counts as nearer to the usual size. How far a label "
         "stands out from the others is told in how rarely a label of a clean net does (its surprise, as a power of "
         "ten); the surprises of all sources are added up, and the largest sum is held against the largest sums of "
-        "clean nets, and so is each source alone, which gives the p-value; looking several times is counted in. Pairs of "
-        "labels, where they were searched, are held against the largest scores of clean nets instead. The "
+        "clean nets, and so is each source alone, which gives the p-value; looking several times is counted in. Pairs "
+        "of labels, where they were searched, are held against the largest scores of clean nets instead. The "
         f"model is backdoored at {fpr:.2g} or less{doubt}. Only a model that the searches alone find clean is called "
         "so."
     )
