@@ -15,7 +15,7 @@ from typing import Any
 
 from bezoar.attacks._store import load_truth
 from bezoar.ops.stats import wilson
-from bezoar.scorers.source_specific import SourceSpecific
+from bezoar.scorers.source_specific import SourceSpecific, can_judge
 from scorers import nets, read
 
 
@@ -64,23 +64,30 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['part']} {row['name']} | {truth} | {ranked[0].replace('>', ' to ')}"
             f"{'' if is_right[0] else ' (wrong)'} | {row['model']:.2f} | {max(wrong, default=math.nan):.2f} | "
-            f"{'yes' if row['model'] > method.bound_for(count) else 'no'} | {share} | {row['cpu_seconds']:.0f} |"
+            f"{_suspect(row, method)} | {share} | {row['cpu_seconds']:.0f} |"
         )
-    lines += ["", "| other nets | part | suspect | highest score |", "|---|---|---|---|"]
+    lines += ["", "| other nets of ten labels | part | suspect | highest score |", "|---|---|---|---|"]
     for kind, is_planted in (("clean", False), ("with another backdoor", True)):
         for part in ("set", "fresh", "attacks", "published"):
             some = [
                 row
                 for row in found
-                if (row["part"], row["planted"]) == (part, is_planted) and (part, row["name"]) not in truths
+                if (row["part"], row["planted"]) == (part, is_planted)
+                and (part, row["name"]) not in truths
+                and can_judge(len(row["labels"]))
             ]
             if some:
-                over = sum(row["model"] > method.bound_for(len(row["labels"])) for row in some)
+                over = sum(_suspect(row, method) == "yes" for row in some)
                 high = f" (under {wilson(over / len(some), len(some), 1.645)[1]:.1%})" if not is_planted else ""
                 lines.append(
                     f"| {kind} | {part} | {over} of {len(some)}{high} | {max(row['model'] for row in some):.2f} |"
                 )
     return "\n".join(lines)
+
+
+def _suspect(row: dict[str, Any], method: SourceSpecific) -> str:
+    count = len(row["labels"])
+    return "no verdict" if not can_judge(count) else "yes" if row["model"] > method.bound_for(count) else "no"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from bezoar.core.registry import find, methods
 from bezoar.core.run import Progress
 from bezoar.core.scored import Combination, Evidence, LabelScore, Source, Verdict
 from bezoar.nets.convnet import student_net
-from bezoar.ops.combined import calibration, clean_sources, combine, concentration, label_scores, rule_text
+from bezoar.ops.combined import PAIRS, calibration, clean_sources, combine, concentration, label_scores, rule_text
 from bezoar.ops.student import Transfer, discounted, transfer, trusted
 from bezoar.ops.verdict import RatioRule
 from bezoar.session import Session
@@ -135,6 +135,8 @@ def combination(
     scores = {name: label_scores(discounted(scan, moved)) for name, scan in searches.items()} | gathered.scores
     if MASKS in searches:
         scores[CONCENTRATION] = concentration(searches[MASKS])
+    if PAIRS in scores and scores[PAIRS].suspect is None:
+        del scores[PAIRS]  # its bound says nothing of a model of so many labels
     labels = {name: scores[name].labels for name in sorted(scores) if name in clean_sources()}
     if not labels:
         return None

@@ -195,10 +195,11 @@ def test_clean_nets_of_the_package():
     searches = {MASKS, CONCENTRATION, "additive-inversion"}
     assert len(nets) >= 60
     for net in nets:
-        assert searches <= set(net.scores) <= searches | set(COMBINED)
+        assert searches <= set(net.scores) <= searches | {PAIRS, *COMBINED}
         assert len({len(values) for values in net.scores.values()}) == 1
     assert sum(set(COMBINED) <= set(net.scores) for net in nets) >= 20
-    assert clean_sources() == searches | set(COMBINED)
+    assert sum(PAIRS in net.scores for net in nets) >= 40
+    assert clean_sources() == searches | {PAIRS, *COMBINED}
 
 
 def test_a_source_that_few_clean_nets_know_takes_no_part(monkeypatch):

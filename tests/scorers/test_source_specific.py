@@ -21,7 +21,15 @@ from bezoar.nets.convnet import student_net
 from bezoar.ops.cost import CostController
 from bezoar.ops.student import trusted
 from bezoar.scorers._sources import SourceSearch
-from bezoar.scorers.source_specific import SourceSpecific, _Work, foremost, planted, smaller_than_usual, works
+from bezoar.scorers.source_specific import (
+    SourceSpecific,
+    _Work,
+    can_judge,
+    foremost,
+    planted,
+    smaller_than_usual,
+    works,
+)
 from tests.purifiers.nets import toy_clean
 from tests.toys import LABELS, SOURCE, TARGET, images, net, source_specific, trained, trigger
 
@@ -244,6 +252,10 @@ def test_a_source_with_few_held_out_images_does_not_count():
     found = BRIEF(source_specific(0), dataclasses.replace(clean, held_x=x[keep], held_y=y[keep]), run)
     assert found.pairs[SOURCE, TARGET] <= 0
     assert "1 labels have fewer than 3 held-out images: their pairs do not count" in run.warnings
+
+
+def test_labels_that_can_be_judged():
+    assert [can_judge(count) for count in (2, 3, 4, 10, 20, 21, 43)] == [False, False, True, True, True, False, False]
 
 
 def test_few_labels_are_never_suspect(monkeypatch):
