@@ -92,7 +92,8 @@ def given(score: float) -> Scores:
 
 def test_evidence_and_rule_of_pairs():
     scores = given(1.25)
-    assert leading_sources(scores) == {TARGET: SOURCE, 1: 3, 0: 2}
+    assert leading_sources(scores.pairs) == {TARGET: SOURCE, 1: 3, 0: 2}
+    assert leading_sources({(4, 1): 0.0, (2, 1): 0.0, (0, 1): -1.0, (3, 0): 0.5}) == {0: 3, 1: 4}, "the first of equals"
     x, y = images(60, seed=3)
     clean = Clean(x=x, y=y, held_x=x[y != 3], held_y=y[y != 3], num_classes=LABELS)
     found = found_pairs(scores, source_specific(0), clean, Run(seed=4))

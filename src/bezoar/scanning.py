@@ -152,7 +152,7 @@ def _pair_looks(session: Session, gathered: Gathered) -> list[Look]:
         if scorer.calibration:
             found = found_pairs(scores, session.suspect.module, session.clean, session.run)
             judged = judged_pairs(found, scores, name, scorer.calibration, names)
-            out.append(Look(scorer, found, judged, leading_sources(scores)))
+            out.append(Look(scorer, found, judged, leading_sources(scores.pairs)))
     return out
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from itertools import groupby
 
 from torch import nn
 
@@ -17,10 +19,10 @@ from bezoar.ops.answers import answers
 from bezoar.ops.verdict import Judgement, judge
 
 
-def leading_sources(scores: Scores) -> dict[int, int]:
-    """For each target the source of its most suspicious pair."""
-    ranked = sorted(scores.pairs, key=lambda pair: scores.pairs[pair])
-    return {target: source for source, target in ranked}
+def leading_sources(pairs: Mapping[tuple[int, int], float]) -> dict[int, int]:
+    """For each target, in order, the source of its most suspicious pair; of equal ones the first."""
+    ranked = sorted(pairs, key=lambda pair: (pair[1], -pairs[pair]))
+    return {target: next(same)[0] for target, same in groupby(ranked, key=lambda pair: pair[1])}
 
 
 def found_pairs(scores: Scores, model: nn.Module, clean: Clean, run: Run) -> Scan:
@@ -34,7 +36,7 @@ def found_pairs(scores: Scores, model: nn.Module, clean: Clean, run: Run) -> Sca
     """
     _, height, width = clean.shape
     labels = {}
-    for target, source in sorted(leading_sources(scores).items()):
+    for target, source in leading_sources(scores.pairs).items():
         trigger = scores.triggers[target]
         assert isinstance(trigger, MaskedTrigger)
         rows = clean.held_y == source

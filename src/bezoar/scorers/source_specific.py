@@ -24,6 +24,7 @@ from bezoar.ops.answers import answers
 from bezoar.ops.augment import as_float
 from bezoar.ops.combined import chance_of_pairs
 from bezoar.ops.cost import CostController
+from bezoar.ops.pair_look import leading_sources
 from bezoar.ops.student import NATURAL, transfer, trusted
 from bezoar.scorers._sources import SourceSearch
 
@@ -145,8 +146,8 @@ class SourceSpecific(Scorer):
                 moved = transfer(student, work.clean, target, trigger, run, source=source)
                 score *= works(work.asr(source, target, trigger)) * planted(moved)
             scores[source, target] = score
-        leading = {target: max((p for p in pairs if p[1] == target), key=scores.__getitem__) for _, target in pairs}
-        labels = {target: scores[pair] for target, pair in sorted(leading.items())}
+        leading = {target: (source, target) for target, source in leading_sources(scores).items()}
+        labels = {target: scores[pair] for target, pair in leading.items()}
         return Scores(
             labels=labels,
             model=max(labels.values()),
