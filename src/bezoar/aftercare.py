@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bezoar.core.method import Clean, Scanner
+from bezoar.core.method import Clean, Scanner, tried_on
 from bezoar.core.results import Aftercare
 from bezoar.core.run import Run
 from bezoar.core.surgery import logits
@@ -91,7 +91,7 @@ def reactivation(
         parameter.requires_grad_(parameter.is_floating_point())
     optimizer = torch.optim.SGD(trained.parameters(), lr=_LR, momentum=0.9)
     x, y = (clean.held_x, clean.held_y) if len(clean.held_x) else (clean.x, clean.y)
-    others = x[y != label if source in (None, label) else y == source][:256]
+    others = x[tried_on(y, label, None if source == label else source)][:256]
     generator = run.generator("reactivation")
     for step in range(LIMIT + 1):
         if not len(others) or float((answers(trained, trigger(others), run.device) == label).float().mean()) >= BACK:

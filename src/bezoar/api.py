@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bezoar.aftercare import aftercare
 from bezoar.core.errors import DataError, SettingError
-from bezoar.core.method import Clean, Purifier, Scanner
+from bezoar.core.method import Clean, Purifier, Scanner, tried_on
 from bezoar.core.registry import find, method_name
 from bezoar.core.results import Cleaning, LayerChange, Report, write_atomic
 from bezoar.core.run import Report as Told
@@ -314,8 +314,10 @@ def _purify(
         note = "no class has two images, so none is held out: the rates are of the images that were trained on"
         session.run.warnings.append(note)
     acc = [_accuracy(m, x, y, session) for m in (suspect.module, module)]
-    tried = x[y != label if source is None else y == source]
-    asr = [_success(m, trigger, label, tried, session) for m in (suspect.module, module)]
+    asr: list[float | None] = [None, None]
+    if trigger is not None and label is not None:
+        tried = x[tried_on(y, label, source)]
+        asr = [_success(m, trigger, label, tried, session) for m in (suspect.module, module)]
     cared = aftercare(session, module, clean, label, trigger, rescan, source)
     module.cpu()
     written = None if out is None else save_model(suspect, network, out)
@@ -343,10 +345,8 @@ def _accuracy(model: nn.Module, x: Tensor, y: Tensor, session: Session) -> float
     return float((answers(model, x, session.run.device) == y).float().mean())
 
 
-def _success(model: nn.Module, trigger: Trigger | None, label: int | None, x: Tensor, session: Session) -> float | None:
-    if trigger is None or label is None or not len(x):
-        return None
-    return _accuracy(model, trigger(x), torch.full((len(x),), label), session)
+def _success(model: nn.Module, trigger: Trigger, label: int, x: Tensor, session: Session) -> float | None:
+    return _accuracy(model, trigger(x), torch.full((len(x),), label), session) if len(x) else None
 
 
 def _layer_changes(before: dict[str, Tensor], after: dict[str, Tensor]) -> tuple[LayerChange, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bezoar.core.evidence import Scan
-from bezoar.core.method import Scanner, Scorer
+from bezoar.core.method import Scanner, Scorer, tried_on
 from bezoar.core.pictures import change_picture, png, stamp_picture
 from bezoar.core.registry import method_name
 from bezoar.core.results import Example, Report, Search, TriggerFacts
@@ -64,18 +64,16 @@ def scan_session(session: Session, method: Scanner) -> tuple[Report, dict[int, I
         looks, unsure = _again(session, looks)
         place = lead([look.judgement for look in looks])
     gathered = gather(session, [look.evidence for look in looks])
+    searched = {method_name(type(look.method)): look.evidence for look in looks}
     looks += _pair_looks(session, gathered)
-    whole = combination(
-        session,
-        {method_name(type(look.method)): look.evidence for look in looks if isinstance(look.method, Scanner)},
-        gathered,
-        # What the pairs say by their own rule counts as well: where they object, no model is called clean.
-        looks[-1].judgement.verdict if looks[-1].judgement.verdict == "backdoored" else looks[place].judgement.verdict,
-    )
-    if whole is not None:
+    # The pairs lead only where they alone find a backdoor, and then no model is called clean.
+    found = [n for n, look in enumerate(looks) if look.judgement.verdict == "backdoored"]
+    alone = place if place in found or not found else found[-1]
+    whole = combination(session, searched, gathered, looks[alone].judgement.verdict)
+    if whole is None:
+        place = alone
+    else:
         place, looks = _together(session, looks, place, whole)
-    elif looks[place].judgement.verdict != "backdoored" and looks[-1].judgement.verdict == "backdoored":
-        place = len(looks) - 1
     main = looks[place]
     others = [look for look in looks if look is not main]
     judged = main.judgement
@@ -237,7 +235,7 @@ def _drawn(trigger: InvertedTrigger) -> tuple[str, str, str]:
 @torch.no_grad()
 def _examples(session: Session, trigger: Trigger, label: int, source: int | None) -> tuple[Example, ...]:
     clean, model = session.clean, session.suspect.module
-    rows = torch.nonzero(clean.held_y != label if source is None else clean.held_y == source).flatten()
+    rows = torch.nonzero(tried_on(clean.held_y, label, source)).flatten()
     rows = rows[torch.linspace(0, len(rows) - 1, min(_EXAMPLES, len(rows))).long()] if len(rows) else rows
     if not len(rows):
         return ()

@@ -43,6 +43,11 @@ class Clean:
         return channels, height, width
 
 
+def tried_on(y: Tensor, label: int, source: int | None) -> Tensor:
+    """``(N,)`` which images the trigger of a label is tried on: those of its source, or of all other labels if None."""
+    return y != label if source is None else y == source
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A method is its hyperparameters: equality, repr, JSON and command-line flags come from the fields."""

@@ -122,6 +122,10 @@ class Rule:
     calibration: str
     figures: tuple[Figure, ...]
 
+    def figure(self, name: str) -> Figure | None:
+        """The figure of this name; None if the rule uses none."""
+        return next((figure for figure in self.figures if figure.name == name), None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Example:

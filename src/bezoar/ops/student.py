@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bezoar.core.errors import UnsupportedModel
 from bezoar.core.evidence import LabelScan, Scan, SeedScan
-from bezoar.core.method import Clean, own_randomness
+from bezoar.core.method import Clean, own_randomness, tried_on
 from bezoar.core.run import Run
 from bezoar.core.surgery import frozen, logits
 from bezoar.core.trigger import InvertedTrigger
@@ -137,7 +137,7 @@ def transfer(
     Returns:
         Mean rise of the student's probability of the label, in [0, 1]; NaN without such images.
     """
-    rows = (clean.held_y != label if source is None else clean.held_y == source).nonzero().flatten()[:most]
+    rows = tried_on(clean.held_y, label, source).nonzero().flatten()[:most]
     rises = []
     for part in torch.split(rows, _CHUNK):
         x = clean.held_x[part].to(run.device)

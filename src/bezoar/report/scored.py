@@ -14,7 +14,7 @@ def rule_says(one: Evidence) -> str:
 
 def score(report: Report) -> Figure | None:
     """The score that the verdict rests on, with its bound; None if the rule uses none."""
-    return next((figure for figure in (report.rule.figures if report.rule else ()) if figure.name == "score"), None)
+    return report.rule.figure("score") if report.rule else None
 
 
 def beside(report: Report) -> list[Evidence]:

@@ -44,7 +44,7 @@ def line(report: Report, search: Search) -> str:
 
 
 def _figure(search: Search, figure: str, what: str, suspect: str) -> str:
-    found = next((f for f in search.rule.figures if f.name == figure), None)
+    found = search.rule.figure(figure)
     if found is None:
         return f"no {figure}"
     value = f"{what} {number(found.value)}" if what == figure else f"{number(found.value)} {what}"

@@ -243,8 +243,8 @@ def whose(report: Report) -> str:
 
 def _figure(report: Report, name: str) -> Figure | None:
     """A figure of the rule by its name, where it has a value."""
-    figures = report.rule.figures if report.rule else ()
-    return next((f for f in figures if f.name == name and math.isfinite(f.value)), None)
+    found = report.rule.figure(name) if report.rule else None
+    return found if found is not None and math.isfinite(found.value) else None
 
 
 def size_ratio(report: Report) -> tuple[float, float] | None:
